@@ -1,0 +1,109 @@
+"""What every block of keys is made of: the section, the error a user sees, numbers that may change with the step."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+Origin = Literal["labelled", "verifiable", "unlabelled"]
+ORIGINS: tuple[Origin, ...] = ("labelled", "verifiable", "unlabelled")
+
+
+class InputError(Exception):
+    """A config, data file or request that the user must mend: printed as one line, exit code 2."""
+
+
+class Section(BaseModel):
+    """A block of keys: unknown ones are refused, values do not change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def bare_kind(value: Any) -> Any:
+    """A bare string as a part of that kind with its defaults."""
+    return {"kind": value} if isinstance(value, str) else value
+
+
+def bare_number(value: Any) -> Any:
+    """A number, also one that YAML reads as a string (1e-5), as a constant schedule."""
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            return value
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return {"kind": "constant", "value": value} if is_number else value
+
+
+class Constant(Section):
+    """The same number at every step; may be written as the bare number."""
+
+    kind: Literal["constant"] = "constant"
+    value: float = Field(ge=0)
+
+
+class Linear(Section):
+    """From `start` to `end` over `steps`, `end` afterwards."""
+
+    kind: Literal["linear"]
+    start: float = Field(ge=0)
+    end: float = Field(ge=0)
+    steps: int = Field(gt=0)
+
+
+class Cosine(Section):
+    """Up from 0 to `peak` in `warmup` steps, then down a half cosine to `floor` over `steps`, `floor` afterwards."""
+
+    kind: Literal["cosine"]
+    peak: float = Field(ge=0)
+    floor: float = Field(0.0, ge=0)
+    warmup: int = Field(0, ge=0)
+    steps: int = Field(gt=0)
+
+
+class Piecewise(Section):
+    """`values` is a list of [first step, value]; the last one whose first step has come holds."""
+
+    kind: Literal["piecewise"]
+    values: list[tuple[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=0)]]] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Piecewise:
+        firsts = [first for first, _ in self.values]
+        if firsts[0] != 0 or firsts != sorted(set(firsts)):
+            raise ValueError("the first steps must begin at 0 and rise")
+        return self
+
+
+AnyScalar = Annotated[Constant | Linear | Cosine | Piecewise, Field(discriminator="kind")]
+Scalar = Annotated[AnyScalar, BeforeValidator(bare_number)]
+
+
+class SupervisedFirst(Section):
+    """`steps` of supervised loss alone with weight `mu`, then the mix, whose weight follows `then` (step 0 = its first)."""
+
+    kind: Literal["supervised_first"]
+    steps: int = Field(gt=0)
+    mu: float = Field(1.0, gt=0)
+    then: Scalar = Constant(value=0.1)
+
+
+MuSchedule = Annotated[
+    Annotated[Constant | Linear | Cosine | Piecewise | SupervisedFirst, Field(discriminator="kind")],
+    BeforeValidator(bare_number),
+]
+
+def peak(scalar: Constant | Linear | Cosine | Piecewise) -> float:
+    """The largest value that a scheduled number takes."""
+    match scalar:
+        case Constant():
+            return scalar.value
+        case Linear():
+            return max(scalar.start, scalar.end)
+        case Cosine():
+            return max(scalar.peak, scalar.floor)
+        case Piecewise():
+            return max(value for _, value in scalar.values)
+
+

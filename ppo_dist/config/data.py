@@ -1,0 +1,118 @@
+"""Keys of the model and of the data."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from ppo_dist.config.base import Section
+
+def _bare_path(value: Any) -> Any:
+    return {"kind": "file", "path": value} if isinstance(value, str) else value
+
+
+def _one_or_many(value: Any) -> Any:
+    if value is None:
+        return []
+    return [_bare_path(v) for v in (value if isinstance(value, list) else [value])]
+
+
+class FromScratch(Section):
+    """A GPT-2-architecture model with random weights and a character tokenizer made from the run's own data."""
+
+    layers: int = Field(4, ge=1)
+    hidden: int = Field(192, ge=1)
+    heads: int = Field(6, ge=1)
+    context: int = Field(128, ge=8)
+
+    @model_validator(mode="after")
+    def _divides(self) -> FromScratch:
+        if self.hidden % self.heads:
+            raise ValueError(f"hidden ({self.hidden}) must be a multiple of heads ({self.heads})")
+        return self
+
+
+class Model(Section):
+    path: str | None = Field(None, description="Hugging Face folder or hub name of the initial policy")
+    scratch: FromScratch | None = Field(None, description="make a small random model instead of loading one")
+    trust_remote_code: bool = Field(False, description="let the model folder run its own Python code")
+
+    @model_validator(mode="after")
+    def _one(self) -> Model:
+        if (self.path is None) == (self.scratch is None):
+            raise ValueError("give exactly one of model.path and model.scratch")
+        return self
+
+
+class Reference(Section):
+    path: str | None = Field(None, description="model of the reference policy; null: the run's own policy")
+    reset: Literal["after_supervised", "never"] = Field(
+        "after_supervised", description="the reference is the policy as the supervised-first phase left it, or the initial one"
+    )
+
+
+class Critic(Section):
+    path: str | None = Field(None, description="model whose trunk starts the critic; null: the policy's trunk")
+
+
+class Columns(Section):
+    """Names of the columns of a file; `prompt` may hold a string or a list of chat messages."""
+
+    prompt: str = "prompt"
+    response: str = "response"
+    answer: str = "answer"
+
+
+class Shaping(Section):
+    """How a row becomes text; templates are Python format strings over the row's columns."""
+
+    prompt_template: str | None = Field(None, description="format string over the row that makes the prompt")
+    response_template: str | None = Field(None, description="format string over the row that makes the response")
+
+
+class FileSource(Shaping):
+    """A .jsonl, .json or .parquet file."""
+
+    kind: Literal["file"] = "file"
+    path: str
+    columns: Columns = Columns()
+
+
+class HubSource(Shaping):
+    """A Hugging Face dataset: a hub name, or a folder written by `save_to_disk`."""
+
+    kind: Literal["huggingface"]
+    path: str
+    name: str | None = None
+    split: str = "train"
+    columns: Columns = Columns()
+
+
+class GymSource(Shaping):
+    """Questions of a reasoning-gym task. A question's own content decides its split, so that splits never share one."""
+
+    kind: Literal["reasoning_gym"]
+    task: str
+    size: int = Field(ge=1)
+    seed: int = Field(0, ge=0)
+    split: Literal["train", "held_out"]
+    options: dict[str, Any] = Field(default_factory=dict, description="the task's own settings")
+
+
+AnySource = Annotated[FileSource | HubSource | GymSource, Field(discriminator="kind")]
+Sources = Annotated[list[AnySource], BeforeValidator(_one_or_many)]
+
+
+class Data(Section):
+    labelled: Sources = Field([], description="examples to imitate: prompt, response, perhaps answer")
+    verifiable: Sources = Field([], description="prompts whose responses a checker can judge")
+    unlabelled: Sources = Field([], description="prompts alone; an answer in the file is never read")
+    held_out: Sources = Field([], description="labelled examples that are only evaluated on")
+    chat: bool = Field(False, description="put a prompt that is a plain string into the tokenizer's chat template")
+    max_prompt_tokens: int = Field(1024, ge=1)
+    overlong: Literal["drop", "truncate", "error"] = Field(
+        "drop", description="what happens to a longer prompt; truncation keeps its end; both are counted"
+    )
+
+

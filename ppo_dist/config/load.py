@@ -1,0 +1,133 @@
+"""Reads a config: YAML, then `key.sub=value` overrides, then the schema; every fault is one line that names the key."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import typing
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from ppo_dist.config import Config
+from ppo_dist.config.base import InputError, Section
+
+
+def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
+    """The validated config of a YAML file.
+
+    Relative paths inside it are as they stand, from the working directory.
+
+    Raises:
+        InputError: the file is missing or not YAML, or a key or value is wrong; names the file and the key.
+    """
+    raw = _read_yaml(Path(path))
+    for override in overrides:
+        _override(raw, override)
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        lines = [_explain(detail) for detail in error.errors()]
+        raise InputError(f"{path}: " + "; ".join(dict.fromkeys(lines))) from None
+
+
+def dump(config: Config) -> str:
+    """The resolved config as YAML: every key, defaults included; `load` reads it back to an equal config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise InputError(f"{path}: a config is a mapping of sections, such as `run:` and `train:`")
+    return raw
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.split(".")
+    if not equals or not all(parts):
+        raise InputError(f"{override!r}: an override is written key.sub=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise InputError(f"{override!r}: the value is not valid YAML") from None
+    node = raw
+    for part in parts[:-1]:
+        child = node.get(part)
+        if child is None:
+            child = {}
+        elif isinstance(child, str):
+            child = {"kind": child}
+        elif not isinstance(child, dict):
+            raise InputError(f"{override!r}: {part} is not a section, give it as a whole")
+        node[part] = child
+        node = child
+    node[parts[-1]] = value
+
+
+def _explain(detail: ErrorDetails) -> str:
+    """One clear line for one fault that pydantic found."""
+    path, section = _walk(detail["loc"])
+    key = ".".join(path) or "config"
+    match detail["type"]:
+        case "extra_forbidden":
+            known = list(section.model_fields) if section else []
+            near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
+            prefix = ".".join(path[:-1])
+            hint = f"did you mean {prefix + '.' if prefix else ''}{near[0]}?" if near else f"allowed: {', '.join(known)}"
+            return f"{key}: unknown key; {hint}"
+        case "missing":
+            return f"{key}: required"
+        case "union_tag_invalid":
+            context = detail.get("ctx", {})
+            return f"{key}: kind {context.get('tag')!r} is not one of {context.get('expected_tags')}"
+        case "value_error":
+            message = detail["msg"].removeprefix("Value error, ")
+            return f"{key}: {message}" if path else message
+        case _:
+            message = detail["msg"][0].lower() + detail["msg"][1:]
+            return f"{key}: {message} (got {detail['input']!r})"
+
+
+def _walk(loc: Iterable[int | str]) -> tuple[list[str], type[Section] | None]:
+    """The keys of a fault as the user wrote them, and the section that holds the last one.
+
+    pydantic puts the kind of a part into the path as if it were a key; those are left out.
+    """
+    path: list[str] = []
+    section: type[Section] | None = Config
+    candidates: list[type[Section]] = [Config]
+    for part in loc:
+        tagged = [c for c in candidates if _kind(c) == part]
+        if len(candidates) > 1 and tagged:
+            candidates = tagged
+            continue
+        path.append(str(part))
+        if isinstance(part, int):
+            continue
+        section = candidates[0] if candidates else None
+        field = section.model_fields.get(part) if section else None
+        candidates = list(_sections(field.annotation)) if field else []
+    return path, section
+
+
+def _kind(section: type[Section]) -> Any:
+    field = section.model_fields.get("kind")
+    return typing.get_args(field.annotation)[0] if field else None
+
+
+def _sections(annotation: Any) -> Iterable[type[Section]]:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        yield annotation
+    for inner in typing.get_args(annotation):
+        yield from _sections(inner)

@@ -1,0 +1,304 @@
+"""The records that flow through a run, one way, each made by one stage and never changed.
+
+    Prompt ─▶ Rollout ─▶ Scored ─▶ Annotated ─▶ TrainSequence ─▶ MicroBatch ─▶ StepReport
+     data     rollout    rewards    learner      coordinator       data         learner
+
+Names of arrays end in their dimensions:
+
+    P  tokens of a prompt                 S  tokens of a packed micro-batch
+    R  tokens of a response               K  response positions of a packed micro-batch
+    T  tokens of a sequence, P + R        B  sequences in a padded table
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ppo_dist.config.base import Origin
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float32]
+Bools = NDArray[np.bool_]
+FinishReason = Literal["eos", "length"]
+
+
+@dataclass(frozen=True, eq=False)
+class Checker:
+    """What a verifier needs to judge a response to one question.
+
+    Example: Checker(task="spell_backward", options={"max_word_len": 5}, entry={"question": …, "answer": "olleh", …})
+    """
+
+    task: str
+    options: Mapping[str, Any]
+    entry: Mapping[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """A question as the model sees it. `answer` and `checker` are None for unlabelled prompts, whatever their file says.
+
+    Example: Prompt(uid="verifiable/0:17", origin="verifiable", text="hello>", tokens_P=[8, 5, 12, 12, 15, 3], answer="olleh")
+    """
+
+    uid: str
+    origin: Origin
+    text: str
+    tokens_P: Ints
+    answer: str | None = None
+    checker: Checker | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledExample:
+    """A prompt and the response to imitate, its end-of-sequence token included.
+
+    Example: LabelledExample(prompt=Prompt(…), response="olleh", tokens_R=[15, 12, 12, 5, 8, 1])
+    """
+
+    prompt: Prompt
+    response: str
+    tokens_R: Ints
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are drawn. Temperature 0 is greedy. `stream` keeps the random numbers of training and evaluation apart.
+
+    Example: Sampling(temperature=1.0, max_new_tokens=8, seed=0, stream="train")
+    """
+
+    temperature: float
+    max_new_tokens: int
+    seed: int
+    stream: str
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """One prompt of a chunk and the indices of its responses there; a prompt may continue in the next chunk.
+
+    Example: Request(prompt=Prompt(…), indices=(0, 1, 2, 3))
+    """
+
+    prompt: Prompt
+    indices: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Chunk:
+    """Sequences that are generated together. What is in it follows from (step, index) alone, so its numbers do too.
+
+    Example: Chunk(step=12, index=3, version=12, requests=(Request(…), …), sampling=Sampling(…))
+    """
+
+    step: int
+    index: int
+    version: int
+    requests: tuple[Request, ...]
+    sampling: Sampling
+
+
+@dataclass(frozen=True, eq=False)
+class Rollout:
+    """A response that the policy of `version` wrote; `logprobs_R` are the behaviour log-probabilities of its tokens.
+
+    Example: Rollout(prompt=Prompt(…), index=0, tokens_R=[15, 12, 1], logprobs_R=[-.1, -.7, -.01], text="ol",
+                     finish="eos", version=12)
+    """
+
+    prompt: Prompt
+    index: int
+    tokens_R: Ints
+    logprobs_R: Floats
+    text: str
+    finish: FinishReason
+    version: int
+
+
+@dataclass(frozen=True)
+class Score:
+    """A reward and where it came from; `fault` says why a checker failed and the reward is 0.
+
+    Example: Score(value=1.0, source="reasoning_gym")
+    """
+
+    value: float
+    source: str
+    fault: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """A rollout with its score.
+
+    Example: Scored(rollout=Rollout(…), score=Score(value=1.0, source="exact"))
+    """
+
+    rollout: Rollout
+    score: Score
+
+
+@dataclass(frozen=True, eq=False)
+class Annotation:
+    """What the learner's models say of one sequence: one number per response token, before any update of the step.
+
+    `values_R[i]` is the critic's value of the state before token i; `value_end` that of the state after the last one.
+
+    Example: Annotation(logprobs_R=[-.1, -.7, -.01], reference_R=[-.1, -.6, -.02], values_R=[.4, .5, .9], value_end=.1)
+    """
+
+    logprobs_R: Floats
+    reference_R: Floats
+    values_R: Floats
+    value_end: float
+
+
+@dataclass(frozen=True, eq=False)
+class TrainSequence:
+    """One sequence and, per response token, the weight of each loss term. Trainer and batcher know no other kind.
+
+    A rollout has policy and value weights of 1 and no ce weight; a labelled example the reverse.
+
+    Example: TrainSequence(uid="labelled/0:3", tokens_T=[8, 5, 3, 5, 8, 1], prompt_tokens=3, policy_weight_R=[0, 0, 0],
+                           value_weight_R=[0, 0, 0], ce_weight_R=[1, 1, 1], advantages_R=…, returns_R=…,
+                           logprobs_R=…, values_R=…)
+    """
+
+    uid: str
+    tokens_T: Ints
+    prompt_tokens: int
+    policy_weight_R: Floats
+    value_weight_R: Floats
+    ce_weight_R: Floats
+    advantages_R: Floats
+    returns_R: Floats
+    logprobs_R: Floats
+    values_R: Floats
+
+
+@dataclass(frozen=True, eq=False)
+class MicroBatch:
+    """Sequences packed end to end into one row, without padding.
+
+    `positions_S` restarts at 0 with each sequence, which is what keeps them from attending to one another.
+    Response position k is predicted by the hidden state at row index `states_K[k]` and has the token `targets_K[k]`.
+
+    Example, two sequences of 2 + 2 and 1 + 1 tokens:
+        tokens_S=[5, 6, 7, 1, 4, 9]  positions_S=[0, 1, 2, 3, 0, 1]  states_K=[1, 2, 4]  targets_K=[7, 1, 9]
+    """
+
+    tokens_S: Ints
+    positions_S: Ints
+    states_K: Ints
+    targets_K: Ints
+    policy_weight_K: Floats
+    value_weight_K: Floats
+    ce_weight_K: Floats
+    advantages_K: Floats
+    returns_K: Floats
+    logprobs_K: Floats
+    values_K: Floats
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """Tokens with a non-zero weight, per loss term, over all ranks and micro-batches of one update.
+
+    Example: TokenCounts(policy=310, value=310, ce=96)
+    """
+
+    policy: int
+    value: int
+    ce: int
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """Weights of the loss terms and learning rates of one step.
+
+    Example: Coefficients(policy=1.0, value=0.5, mu=0.1, lr=1e-5, critic_lr=1e-5)
+    """
+
+    policy: float
+    value: float
+    mu: float
+    lr: float
+    critic_lr: float
+
+
+@dataclass(frozen=True)
+class MixPlan:
+    """What one step is made of: prompts by origin, supervised examples an update, weights of the loss terms.
+
+    Example: MixPlan(prompts={"labelled": 8, "verifiable": 24, "unlabelled": 0}, labelled=16, mu=0.1, policy_coef=1.0)
+    """
+
+    prompts: Mapping[Origin, int]
+    labelled: int
+    mu: float
+    policy_coef: float
+
+    @property
+    def total_prompts(self) -> int:
+        """Prompts of all origins."""
+        return sum(self.prompts.values())
+
+
+@dataclass(frozen=True)
+class TermSums:
+    """Sums over the live tokens of one update on one rank, to be added over ranks before any division.
+
+    Example: TermSums(policy_loss=-3.1, clipped=4, kl=.02, entropy=71., value_loss=12., value_clipped=1, ce_loss=55., ce_correct=80)
+    """
+
+    policy_loss: float = 0.0
+    clipped: float = 0.0
+    kl: float = 0.0
+    entropy: float = 0.0
+    value_loss: float = 0.0
+    value_clipped: float = 0.0
+    ce_loss: float = 0.0
+    ce_correct: float = 0.0
+
+    def __add__(self, other: TermSums) -> TermSums:
+        return TermSums(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+
+@dataclass(frozen=True)
+class UpdateReport:
+    """One optimizer step as a rank saw it; the gradient norms are global and before clipping.
+
+    Example: UpdateReport(counts=TokenCounts(310, 310, 96), sums=TermSums(…), grad_norm=.8, critic_grad_norm=2.1)
+    """
+
+    counts: TokenCounts
+    sums: TermSums
+    grad_norm: float | None
+    critic_grad_norm: float | None
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """The updates of one step, sums already added over ranks.
+
+    Example: StepReport(updates=(UpdateReport(…), UpdateReport(…)))
+    """
+
+    updates: tuple[UpdateReport, ...]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where a policy version can be fetched, by whoever has the matching receiver; `parts` are opaque handles.
+
+    Example: Weights(version=12, parts=(ObjectRef(…),))
+    """
+
+    version: int
+    parts: tuple[Any, ...]
