@@ -61,7 +61,11 @@ class AdvantageEstimator(Protocol):
     """Turns per-token rewards and values into advantages and returns."""
 
     def __call__(
-        self, rewards_BR: torch.Tensor, values_BR: torch.Tensor, mask_BR: torch.Tensor, value_end_B: torch.Tensor
+        self,
+        rewards_BR: torch.Tensor,
+        values_BR: torch.Tensor,
+        mask_BR: torch.Tensor,
+        value_end_B: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(advantages_BR, returns_BR), zero where the mask is 0."""
 
@@ -102,7 +106,9 @@ class LearnerGroup(Protocol):
         The first call fixes the reference (the policy as it is then, where it is to be reset) and starts the critic.
         """
 
-    def update(self, updates: Sequence[Sequence[TrainSequence]], coefficients: Coefficients) -> StepReport:
+    def update(
+        self, updates: Sequence[Sequence[TrainSequence]], coefficients: Coefficients
+    ) -> StepReport:
         """One optimizer step for each list of sequences."""
 
     def publish(self, version: int) -> Weights:

@@ -267,7 +267,9 @@ class TermSums:
     ce_correct: float = 0.0
 
     def __add__(self, other: TermSums) -> TermSums:
-        return TermSums(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+        return TermSums(
+            *(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True))
+        )
 
 
 @dataclass(frozen=True)

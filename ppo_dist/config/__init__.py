@@ -14,9 +14,17 @@ from ppo_dist.config.algorithm import Algorithm, Mix
 from ppo_dist.config.base import ORIGINS, InputError, Origin, Section, SupervisedFirst, peak
 from ppo_dist.config.data import Critic, Data, Model, Reference
 from ppo_dist.config.reward import RegexReward, Reward, WeightedReward
-from ppo_dist.config.workers import Cluster, Eval, LearnerSection, RolloutSection, Tracking, Transport
+from ppo_dist.config.workers import (
+    Cluster,
+    Eval,
+    LearnerSection,
+    RolloutSection,
+    Tracking,
+    Transport,
+)
 
 __all__ = ["ORIGINS", "Config", "InputError", "Origin", "Section", "impossible", "sees_answer"]
+
 
 class Run(Section):
     dir: str = Field(description="folder of the run: config, metrics, samples, checkpoints, policy")
@@ -24,9 +32,15 @@ class Run(Section):
 
 
 class Train(Section):
-    steps: int = Field(ge=1, description="passes of the loop: each gives one metrics row and one policy version")
-    checkpoint_every: int = Field(0, ge=0, description="steps between checkpoints; 0: only when the run ends or stops")
-    keep_checkpoints: int = Field(2, ge=1, description="how many of the newest checkpoints stay on disk")
+    steps: int = Field(
+        ge=1, description="passes of the loop: each gives one metrics row and one policy version"
+    )
+    checkpoint_every: int = Field(
+        0, ge=0, description="steps between checkpoints; 0: only when the run ends or stops"
+    )
+    keep_checkpoints: int = Field(
+        2, ge=1, description="how many of the newest checkpoints stay on disk"
+    )
 
 
 class Config(Section):
@@ -67,13 +81,17 @@ def impossible(config: Config) -> list[str]:
     if c.learner.zero_stage == 0 and c.learner.offload != "none":
         problems.append("learner.offload needs learner.zero_stage 1, 2 or 3")
     if c.cluster.kind == "local" and (c.learner.workers > 1 or c.rollout.workers > 1):
-        problems.append("cluster.kind local runs one learner and one rollout worker: set both `workers` to 1")
+        problems.append(
+            "cluster.kind local runs one learner and one rollout worker: set both `workers` to 1"
+        )
     if peak(c.mix.labelled_batch) > 0 and not c.data.labelled:
         problems.append("mix.labelled_batch is above 0, but data.labelled is empty")
     if isinstance(mu, SupervisedFirst) and peak(c.mix.labelled_batch) == 0:
         problems.append("mix.schedule supervised_first needs mix.labelled_batch above 0")
     if not generates and (mu_peak == 0 or peak(c.mix.labelled_batch) == 0):
-        problems.append("nothing to train on: mix.prompts is 0 and so is mix.labelled_batch or μ (mix.schedule)")
+        problems.append(
+            "nothing to train on: mix.prompts is 0 and so is mix.labelled_batch or μ (mix.schedule)"
+        )
     for origin in ORIGINS if generates else ():
         if peak(_of(c.mix.shares, origin)) > 0:
             if not _of(c.data, origin):
@@ -83,7 +101,9 @@ def impossible(config: Config) -> list[str]:
     if generates and not any(peak(_of(c.mix.shares, o)) > 0 for o in ORIGINS):
         problems.append("mix.prompts is above 0, but every one of mix.shares is 0")
     if c.reward.unlabelled is not None and sees_answer(c.reward.unlabelled):
-        problems.append("reward.unlabelled must not see an answer: only regex, or a weighted sum of regex, is allowed")
+        problems.append(
+            "reward.unlabelled must not see an answer: only regex, or a weighted sum of regex, is allowed"
+        )
     if c.data.held_out and c.reward.labelled is None:
         problems.append("data.held_out needs reward.labelled to be evaluated")
     return problems

@@ -66,7 +66,9 @@ class Piecewise(Section):
     """`values` is a list of [first step, value]; the last one whose first step has come holds."""
 
     kind: Literal["piecewise"]
-    values: list[tuple[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=0)]]] = Field(min_length=1)
+    values: list[tuple[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=0)]]] = Field(
+        min_length=1
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> Piecewise:
@@ -90,9 +92,12 @@ class SupervisedFirst(Section):
 
 
 MuSchedule = Annotated[
-    Annotated[Constant | Linear | Cosine | Piecewise | SupervisedFirst, Field(discriminator="kind")],
+    Annotated[
+        Constant | Linear | Cosine | Piecewise | SupervisedFirst, Field(discriminator="kind")
+    ],
     BeforeValidator(bare_number),
 ]
+
 
 def peak(scalar: Constant | Linear | Cosine | Piecewise) -> float:
     """The largest value that a scheduled number takes."""
@@ -105,5 +110,3 @@ def peak(scalar: Constant | Linear | Cosine | Piecewise) -> float:
             return max(scalar.peak, scalar.floor)
         case Piecewise():
             return max(value for _, value in scalar.values)
-
-

@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from ppo_dist.config.base import Section
 
+
 def _bare_path(value: Any) -> Any:
     return {"kind": "file", "path": value} if isinstance(value, str) else value
 
@@ -34,9 +35,15 @@ class FromScratch(Section):
 
 
 class Model(Section):
-    path: str | None = Field(None, description="Hugging Face folder or hub name of the initial policy")
-    scratch: FromScratch | None = Field(None, description="make a small random model instead of loading one")
-    trust_remote_code: bool = Field(False, description="let the model folder run its own Python code")
+    path: str | None = Field(
+        None, description="Hugging Face folder or hub name of the initial policy"
+    )
+    scratch: FromScratch | None = Field(
+        None, description="make a small random model instead of loading one"
+    )
+    trust_remote_code: bool = Field(
+        False, description="let the model folder run its own Python code"
+    )
 
     @model_validator(mode="after")
     def _one(self) -> Model:
@@ -46,14 +53,19 @@ class Model(Section):
 
 
 class Reference(Section):
-    path: str | None = Field(None, description="model of the reference policy; null: the run's own policy")
+    path: str | None = Field(
+        None, description="model of the reference policy; null: the run's own policy"
+    )
     reset: Literal["after_supervised", "never"] = Field(
-        "after_supervised", description="the reference is the policy as the supervised-first phase left it, or the initial one"
+        "after_supervised",
+        description="the reference is the policy as the supervised-first phase left it, or the initial one",
     )
 
 
 class Critic(Section):
-    path: str | None = Field(None, description="model whose trunk starts the critic; null: the policy's trunk")
+    path: str | None = Field(
+        None, description="model whose trunk starts the critic; null: the policy's trunk"
+    )
 
 
 class Columns(Section):
@@ -67,8 +79,12 @@ class Columns(Section):
 class Shaping(Section):
     """How a row becomes text; templates are Python format strings over the row's columns."""
 
-    prompt_template: str | None = Field(None, description="format string over the row that makes the prompt")
-    response_template: str | None = Field(None, description="format string over the row that makes the response")
+    prompt_template: str | None = Field(
+        None, description="format string over the row that makes the prompt"
+    )
+    response_template: str | None = Field(
+        None, description="format string over the row that makes the response"
+    )
 
 
 class FileSource(Shaping):
@@ -105,14 +121,19 @@ Sources = Annotated[list[AnySource], BeforeValidator(_one_or_many)]
 
 
 class Data(Section):
-    labelled: Sources = Field([], description="examples to imitate: prompt, response, perhaps answer")
+    labelled: Sources = Field(
+        [], description="examples to imitate: prompt, response, perhaps answer"
+    )
     verifiable: Sources = Field([], description="prompts whose responses a checker can judge")
-    unlabelled: Sources = Field([], description="prompts alone; an answer in the file is never read")
+    unlabelled: Sources = Field(
+        [], description="prompts alone; an answer in the file is never read"
+    )
     held_out: Sources = Field([], description="labelled examples that are only evaluated on")
-    chat: bool = Field(False, description="put a prompt that is a plain string into the tokenizer's chat template")
+    chat: bool = Field(
+        False, description="put a prompt that is a plain string into the tokenizer's chat template"
+    )
     max_prompt_tokens: int = Field(1024, ge=1)
     overlong: Literal["drop", "truncate", "error"] = Field(
-        "drop", description="what happens to a longer prompt; truncation keeps its end; both are counted"
+        "drop",
+        description="what happens to a longer prompt; truncation keeps its end; both are counted",
     )
-
-

@@ -84,13 +84,19 @@ def _explain(detail: ErrorDetails) -> str:
             known = list(section.model_fields) if section else []
             near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
             prefix = ".".join(path[:-1])
-            hint = f"did you mean {prefix + '.' if prefix else ''}{near[0]}?" if near else f"allowed: {', '.join(known)}"
+            hint = (
+                f"did you mean {prefix + '.' if prefix else ''}{near[0]}?"
+                if near
+                else f"allowed: {', '.join(known)}"
+            )
             return f"{key}: unknown key; {hint}"
         case "missing":
             return f"{key}: required"
         case "union_tag_invalid":
             context = detail.get("ctx", {})
-            return f"{key}: kind {context.get('tag')!r} is not one of {context.get('expected_tags')}"
+            return (
+                f"{key}: kind {context.get('tag')!r} is not one of {context.get('expected_tags')}"
+            )
         case "value_error":
             message = detail["msg"].removeprefix("Value error, ")
             return f"{key}: {message}" if path else message

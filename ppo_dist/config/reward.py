@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from ppo_dist.config.base import Section, bare_kind
 
+
 class Extract(Section):
     """Takes the answer out of a response."""
 
@@ -63,7 +64,10 @@ class WeightedReward(Section):
 
 
 AnyReward = Annotated[
-    Annotated[ExactReward | NumericReward | RegexReward | GymReward | WeightedReward, Field(discriminator="kind")],
+    Annotated[
+        ExactReward | NumericReward | RegexReward | GymReward | WeightedReward,
+        Field(discriminator="kind"),
+    ],
     BeforeValidator(bare_kind),
 ]
 
@@ -74,11 +78,16 @@ class WeightedPart(Section):
 
 
 class Reward(Section):
-    labelled: AnyReward | None = Field(None, description="reward of responses to labelled and held-out prompts")
-    verifiable: AnyReward | None = Field(None, description="reward of responses to verifiable prompts")
-    unlabelled: AnyReward | None = Field(None, description="reward of responses to unlabelled prompts; sees no answer")
-    on_error: Literal["error", "zero"] = Field(
-        "zero", description="a checker that raises or returns nonsense: stop with the row, or count 0 and log it"
+    labelled: AnyReward | None = Field(
+        None, description="reward of responses to labelled and held-out prompts"
     )
-
-
+    verifiable: AnyReward | None = Field(
+        None, description="reward of responses to verifiable prompts"
+    )
+    unlabelled: AnyReward | None = Field(
+        None, description="reward of responses to unlabelled prompts; sees no answer"
+    )
+    on_error: Literal["error", "zero"] = Field(
+        "zero",
+        description="a checker that raises or returns nonsense: stop with the row, or count 0 and log it",
+    )

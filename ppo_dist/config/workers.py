@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
 from ppo_dist.config.base import Constant, Scalar, Section, bare_kind
+
 
 class HfEngine(Section):
     """Our own decoding loop over the model's KV cache."""
@@ -22,7 +23,11 @@ class RolloutSection(Section):
     group_size: int = Field(1, ge=1, description="responses to each prompt")
     max_new_tokens: int = Field(64, ge=1)
     temperature: float = Field(1.0, gt=0)
-    chunk: int = Field(64, ge=1, description="sequences that are generated together; fixes the batch, so also the numbers")
+    chunk: int = Field(
+        64,
+        ge=1,
+        description="sequences that are generated together; fixes the batch, so also the numbers",
+    )
 
 
 class AdamW(Section):
@@ -37,7 +42,9 @@ class Sgd(Section):
     momentum: float = Field(0.0, ge=0)
 
 
-AnyOptimizer = Annotated[Annotated[AdamW | Sgd, Field(discriminator="kind")], BeforeValidator(bare_kind)]
+AnyOptimizer = Annotated[
+    Annotated[AdamW | Sgd, Field(discriminator="kind")], BeforeValidator(bare_kind)
+]
 
 
 class LearnerSection(Section):
@@ -48,37 +55,65 @@ class LearnerSection(Section):
     dtype: Literal["fp32", "bf16"] = "fp32"
     offload: Literal["none", "cpu"] = Field("none", description="where the optimizer's state lives")
     gradient_checkpointing: bool = False
-    micro_batch_tokens: int = Field(4096, ge=1, description="tokens packed into one forward pass (one longer sequence may pass)")
-    logits_chunk: int = Field(1024, ge=1, description="response positions whose logits exist at one time")
+    micro_batch_tokens: int = Field(
+        4096, ge=1, description="tokens packed into one forward pass (one longer sequence may pass)"
+    )
+    logits_chunk: int = Field(
+        1024, ge=1, description="response positions whose logits exist at one time"
+    )
     optimizer: AnyOptimizer = AdamW()
     lr: Scalar = Constant(value=1e-5)
     critic_lr: Scalar = Constant(value=1e-5)
-    max_grad_norm: float = Field(1.0, ge=0, description="gradients are clipped to this norm; 0: not at all")
+    max_grad_norm: float = Field(
+        1.0, ge=0, description="gradients are clipped to this norm; 0: not at all"
+    )
 
 
 class Transport(Section):
-    kind: Literal["store"] = Field("store", description="weights travel through the Ray object store")
+    kind: Literal["store"] = Field(
+        "store", description="weights travel through the Ray object store"
+    )
     bucket_mb: int = Field(256, ge=1, description="megabytes gathered and sent at a time")
 
 
 class Cluster(Section):
-    kind: Literal["ray", "local"] = Field("ray", description="Ray actors, or everything in this process")
-    address: str | None = Field(None, description="Ray cluster to join; null: RAY_ADDRESS, or Ray on this machine alone")
-    cpus: int | None = Field(None, ge=1, description="CPUs of a Ray started here; null: the machine's")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: GPUs if the cluster has any")
+    kind: Literal["ray", "local"] = Field(
+        "ray", description="Ray actors, or everything in this process"
+    )
+    address: str | None = Field(
+        None, description="Ray cluster to join; null: RAY_ADDRESS, or Ray on this machine alone"
+    )
+    cpus: int | None = Field(
+        None, ge=1, description="CPUs of a Ray started here; null: the machine's"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="auto: GPUs if the cluster has any"
+    )
     wait_s: float = Field(20, ge=0, description="how long to wait for the resources asked for")
 
 
 class Eval(Section):
-    every: int = Field(0, ge=0, description="steps between evaluations; 0: at the start and the end alone")
+    every: int = Field(
+        0, ge=0, description="steps between evaluations; 0: at the start and the end alone"
+    )
     samples: int = Field(1, ge=0, description="sampled responses a prompt, beside the greedy one")
     max_prompts: int = Field(1000, ge=1, description="at most so many held-out prompts")
 
 
+def _off(value: Any) -> Any:
+    return "off" if value is False else value
+
+
+# YAML reads a bare `off` as false
+WandbMode = Annotated[Literal["auto", "online", "offline", "off"], BeforeValidator(_off)]
+
+
 class Tracking(Section):
-    wandb: Literal["auto", "online", "offline", "off"] = Field("auto", description="auto: online with a key, else offline")
+    wandb: WandbMode = Field(
+        "auto", description="auto: online with a key, else offline"
+    )
     project: str = "ppo_dist"
-    samples: int = Field(4, ge=0, description="responses a step written to samples.jsonl and the W&B table")
+    samples: int = Field(
+        4, ge=0, description="responses a step written to samples.jsonl and the W&B table"
+    )
     progress: bool = Field(True, description="a live line on the terminal")
-
-

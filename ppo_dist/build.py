@@ -1,0 +1,217 @@
+"""The composition root: a config becomes parts. The only place that chooses by `kind`.
+
+`check` reads and judges everything that can be wrong without loading a model; `assembled` starts the rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ppo_dist.config import ORIGINS, Config, InputError, Origin, sees_answer
+from ppo_dist.config.algorithm import Gae as GaeSection
+from ppo_dist.config.reward import (
+    AnyReward,
+    ExactReward,
+    GymReward,
+    NumericReward,
+    RegexReward,
+    WeightedReward,
+)
+from ppo_dist.data.sources import Row, read
+from ppo_dist.protocols import AdvantageEstimator, LearnerGroup, RewardSource, RolloutPool
+
+
+@dataclass(frozen=True)
+class Rows:
+    """All data of a run as rows, already checked.
+
+    Example: Rows(prompts={"labelled": [...], "verifiable": [...]}, held_out=[...])
+    """
+
+    prompts: Mapping[Origin, Sequence[Row]]
+    held_out: Sequence[Row]
+
+
+def check(config: Config) -> Rows:
+    """Reads all data and looks at the model folder, without loading a model.
+
+    Raises:
+        InputError: something is missing or wrong; names file, row or key.
+    """
+    for path in (config.model.path, config.reference.path, config.critic.path):
+        if path is not None:
+            check_model(path)
+    rewards = dict(config.reward)
+    prompts: dict[Origin, Sequence[Row]] = {
+        origin: read(dict(config.data)[origin], origin, origin, _compares(rewards[origin]))
+        for origin in ORIGINS
+    }
+    held_out = read(config.data.held_out, "held_out", "labelled", _compares(config.reward.labelled))
+    return Rows(prompts, held_out)
+
+
+def _compares(reward: AnyReward | None) -> bool:
+    return reward is not None and sees_answer(reward)
+
+
+def check_model(path: str) -> None:
+    """Whether a path is a Hugging Face folder with safetensors, or could be a hub name.
+
+    Raises:
+        InputError: it is neither.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        for what, pattern in (
+            ("config.json", "config.json"),
+            ("safetensors weights", "*.safetensors"),
+            ("tokenizer", "tokenizer*"),
+        ):
+            if not any(folder.glob(pattern)):
+                raise InputError(f"{path}: is not a model folder: it has no {what}")
+    elif folder.exists() or path.count("/") > 1 or path.startswith((".", "/", "~")):
+        raise InputError(f"{path}: no such model folder")
+    elif not _on_hub(path):
+        raise InputError(
+            f"{path}: no such model folder, and no model of that name could be had from the hub"
+        )
+
+
+def _on_hub(name: str) -> bool:
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return True
+        if os.environ.get("HF_HUB_OFFLINE") in ("1", "true", "TRUE", "ON", "YES"):
+            return False
+        return HfApi().model_info(name, timeout=5) is not None
+    except HFValidationError:
+        return False
+    except Exception:  # no network, no such model, no access: each means that it cannot be had
+        return False
+
+
+# ── rewards and other pure parts ─────────────────────────────────────────────────────────────────────────────────
+
+
+def reward_source(config: Config) -> RewardSource:
+    """The reward of every origin that has one."""
+    from ppo_dist.rewards.rules import ByOrigin
+
+    sections = dict(config.reward)
+    return ByOrigin(
+        {
+            o: _reward(sections[o], config.reward.on_error)
+            for o in ORIGINS
+            if sections[o] is not None
+        }
+    )
+
+
+def _reward(section: AnyReward, on_error: str) -> RewardSource:
+    from ppo_dist.rewards.gym import gym
+    from ppo_dist.rewards.rules import Judged, WeightedSum, exact, numeric, regex
+
+    match section:
+        case ExactReward():
+            judge = exact(section)
+        case NumericReward():
+            judge = numeric(section)
+        case RegexReward():
+            judge = regex(section)
+        case GymReward():
+            judge = gym(section)
+        case WeightedReward():
+            return WeightedSum(
+                [(part.weight, _reward(part.reward, on_error)) for part in section.parts]
+            )
+    return Judged(judge, section.kind, on_error)
+
+
+def advantage_estimator(section: GaeSection) -> AdvantageEstimator:
+    """The advantage estimator that a config names."""
+    from ppo_dist.algo.advantages import Gae
+
+    return Gae(section.gamma, section.lam)
+
+
+# ── models and workers ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def model_folder(config: Config, rows: Rows) -> str:
+    """The initial policy's path; a model from scratch is made in the run folder, once."""
+    if config.model.path is not None:
+        return config.model.path
+    from ppo_dist.files import replace
+    from ppo_dist.models.scratch import make_model
+
+    assert config.model.scratch is not None, "the schema demands one of the two"
+    folder = Path(config.run.dir) / "model"
+    if not folder.exists():
+        every = [*[row for group in rows.prompts.values() for row in group], *rows.held_out]
+        texts = [
+            text
+            for row in every
+            for text in (row.prompt, row.response, row.answer)
+            if isinstance(text, str)
+        ]
+        aside = folder.with_name(".model.writing")
+        make_model(aside, config.model.scratch, texts, config.run.seed)
+        replace(aside, folder)
+    return str(folder)
+
+
+@contextlib.contextmanager
+def workers(
+    config: Config, model_path: str, resume: Path | None
+) -> Iterator[tuple[LearnerGroup, RolloutPool]]:
+    """Learners and rollout workers, running; ended at the end.
+
+    Raises:
+        InputError: the cluster cannot be joined or is too small.
+    """
+    from ppo_dist.learner.group import InProcess, Learners
+
+    budget = config.learner.micro_batch_tokens
+    if config.cluster.kind == "local":
+        from ppo_dist import device
+        from ppo_dist.learner.worker import LearnerWorker, Seat
+        from ppo_dist.rollout.pool import InProcessPool
+        from ppo_dist.rollout.worker import RolloutWorker
+        from ppo_dist.transport.memory import MemoryReceiver, MemorySender
+
+        kind = device.available() if config.cluster.device == "auto" else config.cluster.device
+        seat = Seat(0, 1, "127.0.0.1", _free_port(), kind)
+        learner = LearnerWorker(config, model_path, MemorySender(), seat, resume)
+        yield (
+            Learners(InProcess(learner), budget),
+            InProcessPool(RolloutWorker(config, model_path, MemoryReceiver(), kind)),
+        )
+        return
+
+    from ppo_dist.cluster.groups import RayPool, RayRanks
+    from ppo_dist.cluster.session import places, session
+    from ppo_dist.transport.store import StoreReceiver, StoreSender
+
+    with session(config), places(config) as reserved:
+        ranks = RayRanks(
+            config, model_path, StoreSender(config.transport.bucket_mb * 2**20), reserved, resume
+        )
+        pool = RayPool(config, model_path, StoreReceiver(), reserved)
+        ranks.ready()
+        yield Learners(ranks, budget), pool
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

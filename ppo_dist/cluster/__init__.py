@@ -1,0 +1,1 @@
+"""Where workers run: the only package that knows Ray actors."""

@@ -1,0 +1,1 @@
+"""The loop and what it remembers. Knows protocols only."""

@@ -1,0 +1,75 @@
+"""What the coordinator remembers between steps, and the checkpoints that hold it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ppo_dist import files
+from ppo_dist.config.base import InputError
+
+STATE = "state.json"
+
+
+@dataclass(frozen=True)
+class RunState:
+    """How far a run is; `best` is the best held-out accuracy so far.
+
+    Example: RunState(step=12, version=12, best=0.41, best_step=10)
+    """
+
+    step: int = 0
+    version: int = 0
+    best: float | None = None
+    best_step: int | None = None
+
+
+class Checkpoints:
+    """The checkpoints of a run folder: `checkpoints/step-00000010/`."""
+
+    def __init__(self, run: Path, keep: int) -> None:
+        self._folder = run / "checkpoints"
+        self._keep = keep
+
+    def write(self, state: RunState, parts: dict[str, Any], save: Callable[[Path], None]) -> Path:
+        """Writes a checkpoint aside, seals it, then removes the oldest beyond those that are kept."""
+        folder = self._folder / f"step-{state.step:08d}"
+        aside = self._folder / f".{folder.name}.writing"
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        save(aside)
+        (aside / STATE).write_text(json.dumps({"run": asdict(state), "parts": parts}))
+        files.seal(aside, folder)
+        for old in self._all()[: -self._keep]:
+            shutil.rmtree(old)
+        return folder
+
+    def newest_whole(self) -> tuple[Path | None, list[str]]:
+        """The newest checkpoint that is whole, and what is wrong with those after it."""
+        problems = []
+        for folder in reversed(self._all()):
+            problem = files.damage(folder)
+            if problem is None:
+                return folder, problems
+            problems.append(problem)
+        return None, problems
+
+    def _all(self) -> list[Path]:
+        return sorted(p for p in self._folder.glob("step-*") if p.is_dir())
+
+
+def read_state(checkpoint: Path) -> tuple[RunState, dict[str, Any]]:
+    """The run's state and the parts' states of a checkpoint.
+
+    Raises:
+        InputError: the folder is not a whole checkpoint; names the part.
+    """
+    problem = files.damage(checkpoint)
+    if problem is not None:
+        raise InputError(f"cannot resume from {checkpoint}: {problem}")
+    content = json.loads((checkpoint / STATE).read_text())
+    return RunState(**content["run"]), content["parts"]

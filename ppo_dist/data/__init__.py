@@ -1,0 +1,1 @@
+"""Prompts and labels in, token sequences and micro-batches out."""

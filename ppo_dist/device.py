@@ -1,0 +1,34 @@
+"""All that depends on CUDA being there or not."""
+
+from __future__ import annotations
+
+import os
+from typing import Literal
+
+import torch
+
+DeviceKind = Literal["cpu", "cuda"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def available() -> DeviceKind:
+    """The kind of device that this process sees."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def prepare(kind: DeviceKind, threads: int) -> torch.device:
+    """The device of this worker, with its thread count set. Call it before any other work in the process.
+
+    On a GPU every worker sees its own device alone (CUDA_VISIBLE_DEVICES), so it is number 0.
+    """
+    torch.set_num_threads(threads)
+    if kind == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        return torch.device("cpu")
+    torch.cuda.set_device(0)
+    return torch.device("cuda", 0)
+
+
+def backend(kind: DeviceKind) -> str:
+    """The collective backend of torch.distributed."""
+    return "nccl" if kind == "cuda" else "gloo"

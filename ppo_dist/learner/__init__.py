@@ -1,0 +1,1 @@
+"""Trains policy and critic, and annotates rollouts with them and the reference."""

@@ -1,0 +1,198 @@
+"""The only file that knows DeepSpeed: a module that is sharded, trained, saved and gathered.
+
+Four settings are what keeps gradients right here (each is held by a test):
+  * `managed_gradient_accumulation: false`: any number of backward passes before a step. In the default mode ZeRO 1
+    and 2 keep only the last one's gradients.
+  * `backward(loss, scale_wrt_gas=False)` of a loss already multiplied by the world size: DeepSpeed averages over ranks.
+  * `gradient_clipping` is always written: DeepSpeed clips at 1.0 unless told otherwise.
+  * the optimizer is torch's own, so nothing is compiled and CPU offload needs no compiler.
+"""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import deepspeed.comm
+import deepspeed.ops
+import torch
+from torch import nn
+from transformers.integrations import HfDeepSpeedConfig
+
+from ppo_dist.config.workers import AdamW, LearnerSection
+from ppo_dist.device import DTYPES, DeviceKind, backend
+
+COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
+
+
+def join_group(rank: int, world: int, address: str, port: int, kind: DeviceKind) -> None:
+    """Joins the process group of all learners; a second call in the same process does nothing."""
+    if torch.distributed.is_initialized():
+        return
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(world),
+        LOCAL_RANK="0",
+        MASTER_ADDR=address,
+        MASTER_PORT=str(port),
+    )
+    # DeepSpeed compiles a shared-memory op at this point unless it is marked as not available
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(
+        dist_backend=backend(kind), timeout=COLLECTIVE_TIMEOUT, verbose=False
+    )
+
+
+def _zero_config(learner: LearnerSection) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": learner.zero_stage}
+    if learner.offload == "cpu":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": learner.dtype == "bf16"},
+        # at stage 0 DeepSpeed does not tell the norm, so the clipping is done in _clip_and_measure
+        "gradient_clipping": learner.max_grad_norm if learner.zero_stage > 0 else 0.0,
+        "steps_per_print": 10**9,
+    }
+
+
+def sharded(learner: LearnerSection, load: Callable[[], nn.Module]) -> nn.Module:
+    """What `load` makes; under ZeRO-3 its parameters are split over the ranks while they are read."""
+    if learner.zero_stage < 3:
+        return load()
+    # transformers' from_pretrained looks for a living HfDeepSpeedConfig; it must be gone before the next model
+    guard = HfDeepSpeedConfig(_zero_config(learner))
+    try:
+        return load()
+    finally:
+        del guard
+        gc.collect()
+
+
+def frozen(learner: LearnerSection, module: nn.Module, device: torch.device) -> nn.Module:
+    """A module for forward passes alone; under ZeRO-3 it stays split over the ranks."""
+    module.requires_grad_(False).eval()
+    if learner.zero_stage < 3:
+        return module.to(device)
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 3},
+        "bf16": {"enabled": learner.dtype == "bf16"},
+    }
+    engine, *_ = deepspeed.initialize(model=module, config=config)
+    engine.eval()
+    return engine
+
+
+class ZeroEngine:
+    """A module and its optimizer under DeepSpeed ZeRO. Every method is called on all ranks, or on none."""
+
+    def __init__(self, module: nn.Module, learner: LearnerSection) -> None:
+        optimizer = _optimizer(module, learner)
+        self._stage = learner.zero_stage
+        self._max_norm = learner.max_grad_norm
+        self._norm: float | None = None
+        if self._stage == 0:
+            optimizer.register_step_pre_hook(self._clip_and_measure)
+        self._engine, *_ = deepspeed.initialize(
+            model=module, optimizer=optimizer, config=_zero_config(learner)
+        )
+        self._world = torch.distributed.get_world_size()
+
+    @property
+    def module(self) -> nn.Module:
+        """The module itself; under ZeRO-3 its parameters are empty outside a gather."""
+        module: nn.Module = self._engine.module
+        return module
+
+    def __call__(self, *args: Any) -> Any:
+        return self._engine(*args)
+
+    def backward(self, loss_sum: torch.Tensor) -> None:
+        """Adds the gradient of a sum over this rank's tokens that is already divided by the global count."""
+        self._engine.backward(loss_sum * self._world, scale_wrt_gas=False)
+
+    def step(self, lr: float) -> float:
+        """One optimizer step with everything since the last one. Returns the global gradient norm before clipping."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        self._engine.step()
+        if self._stage == 0:
+            assert self._norm is not None, "the optimizer's hook runs in every step"
+            return self._norm
+        return float(self._engine.get_global_grad_norm())
+
+    def _clip_and_measure(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        limit = self._max_norm if self._max_norm > 0 else float("inf")
+        self._norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+
+    def parameters(self, bucket_bytes: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """All parameters whole, name by name; under ZeRO-3 at most about `bucket_bytes` of them exist at a time.
+
+        Tied parameters come once, under their first name. Tensors are valid until the next one is taken.
+        """
+        named = list(self.module.named_parameters())
+        if self._stage < 3:
+            yield from ((name, p.detach()) for name, p in named)
+            return
+        for bucket in _buckets(named, bucket_bytes):
+            with deepspeed.zero.GatheredParameters([p for _, p in bucket]):
+                yield from ((name, p.detach()) for name, p in bucket)
+
+    def save(self, folder: Path) -> None:
+        """Writes parameters and optimizer, each rank its part."""
+        self._engine.save_checkpoint(str(folder), tag="state", save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """Goes on from what `save` wrote at the same stage and world size."""
+        path, _ = self._engine.load_checkpoint(str(folder), tag="state")
+        if path is None:
+            raise FileNotFoundError(f"{folder}: DeepSpeed found no state to load")
+
+
+def _optimizer(module: nn.Module, learner: LearnerSection) -> torch.optim.Optimizer:
+    chosen = learner.optimizer
+    if isinstance(chosen, AdamW):
+        return torch.optim.AdamW(
+            module.parameters(),
+            lr=0.0,
+            betas=chosen.betas,
+            eps=chosen.eps,
+            weight_decay=chosen.weight_decay,
+        )
+    return torch.optim.SGD(module.parameters(), lr=0.0, momentum=chosen.momentum)
+
+
+def _buckets(named: list[tuple[str, Any]], limit: int) -> Iterator[list[tuple[str, Any]]]:
+    bucket: list[tuple[str, Any]] = []
+    size = 0
+    for name, parameter in named:
+        nbytes = parameter.ds_numel * parameter.element_size()
+        if bucket and size + nbytes > limit:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append((name, parameter))
+        size += nbytes
+    if bucket:
+        yield bucket
+
+
+def barrier() -> None:
+    """Waits for all learners."""
+    torch.distributed.barrier()
+
+
+def model_dtype(learner: LearnerSection) -> torch.dtype:
+    """The number format of weights and activations; the optimizer's own copy is fp32 in any case."""
+    return DTYPES[learner.dtype]

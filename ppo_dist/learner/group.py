@@ -1,0 +1,124 @@
+"""All learner workers as one: cuts work into balanced shards, calls every rank, puts the answers together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import reduce
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+
+import numpy as np
+
+from ppo_dist.data.batching import count_tokens, cut, pack
+from ppo_dist.learner.worker import LearnerWorker, UpdateShard
+from ppo_dist.types import (
+    Annotation,
+    Coefficients,
+    Ints,
+    MicroBatch,
+    Scored,
+    StepReport,
+    TermSums,
+    TrainSequence,
+    UpdateReport,
+    Weights,
+)
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Ranks(Protocol):
+    """The workers of a group, wherever they run."""
+
+    world: int
+
+    def call(
+        self, method: Callable[Concatenate[LearnerWorker, P], R], args: Sequence[tuple[Any, ...]]
+    ) -> list[R]:
+        """`method(worker, *args[rank])` on every rank at the same time; results by rank."""
+
+
+class InProcess:
+    """One worker in this process."""
+
+    world = 1
+
+    def __init__(self, worker: LearnerWorker) -> None:
+        self._worker = worker
+
+    def call(
+        self, method: Callable[Concatenate[LearnerWorker, P], R], args: Sequence[tuple[Any, ...]]
+    ) -> list[R]:
+        """See Ranks."""
+        return [method(self._worker, *args[0])]
+
+
+class Learners:
+    """The LearnerGroup of the system; see protocols.py."""
+
+    def __init__(self, ranks: Ranks, micro_batch_tokens: int) -> None:
+        self._ranks = ranks
+        self._budget = micro_batch_tokens
+
+    def annotate(self, scored: Sequence[Scored]) -> list[Annotation]:
+        """See LearnerGroup."""
+        rows = [_row(s) for s in scored]
+        shares = cut([len(tokens_T) for tokens_T, _ in rows], self._ranks.world, self._budget)
+        work = [([[rows[i] for i in members] for members in share],) for share in shares]
+        answers = self._ranks.call(LearnerWorker.annotate, work)
+        by_index: dict[int, Annotation] = {}
+        for share, answer in zip(shares, answers, strict=True):
+            for members, annotations in zip(share, answer, strict=True):
+                by_index.update(zip(members, annotations, strict=True))
+        return [by_index[i] for i in range(len(rows))]
+
+    def update(
+        self, updates: Sequence[Sequence[TrainSequence]], coefficients: Coefficients
+    ) -> StepReport:
+        """See LearnerGroup."""
+        by_rank: list[list[UpdateShard]] = [[] for _ in range(self._ranks.world)]
+        for sequences in updates:
+            for rank, shard in enumerate(self._shards(sequences)):
+                by_rank[rank].append(shard)
+        reports = self._ranks.call(
+            LearnerWorker.update, [(shards, coefficients) for shards in by_rank]
+        )
+        return StepReport(tuple(_merged(of_ranks) for of_ranks in zip(*reports, strict=True)))
+
+    def publish(self, version: int) -> Weights:
+        """See LearnerGroup."""
+        weights = self._ranks.call(LearnerWorker.publish, [(version,)] * self._ranks.world)[0]
+        assert weights is not None, "rank 0 sends"
+        return weights
+
+    def save(self, checkpoint: Path | None = None, policy: Path | None = None) -> None:
+        """See LearnerGroup."""
+        if checkpoint is not None:
+            self._ranks.call(LearnerWorker.save_checkpoint, [(checkpoint,)] * self._ranks.world)
+        if policy is not None:
+            self._ranks.call(LearnerWorker.save_policy, [(policy,)] * self._ranks.world)
+
+    def _shards(self, sequences: Sequence[TrainSequence]) -> list[UpdateShard]:
+        counts = count_tokens(sequences)
+        taught = [s for s in sequences if s.policy_weight_R.any() or s.ce_weight_R.any()]
+        valued = [s for s in sequences if s.value_weight_R.any()]
+        policy, critic = self._packed(taught), self._packed(valued)
+        return [UpdateShard(policy[r], critic[r], counts) for r in range(self._ranks.world)]
+
+    def _packed(self, sequences: Sequence[TrainSequence]) -> list[tuple[MicroBatch, ...]]:
+        shares = cut([len(s.tokens_T) for s in sequences], self._ranks.world, self._budget)
+        return [
+            tuple(pack([sequences[i] for i in members]) for members in share) for share in shares
+        ]
+
+
+def _row(scored: Scored) -> tuple[Ints, int]:
+    prompt = scored.rollout.prompt
+    return np.concatenate([prompt.tokens_P, scored.rollout.tokens_R]), len(prompt.tokens_P)
+
+
+def _merged(of_ranks: Sequence[UpdateReport]) -> UpdateReport:
+    sums = reduce(TermSums.__add__, (report.sums for report in of_ranks))
+    first = of_ranks[0]
+    return UpdateReport(first.counts, sums, first.grad_norm, first.critic_grad_norm)

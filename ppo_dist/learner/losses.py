@@ -1,0 +1,80 @@
+"""The losses of a micro-batch: sums over its tokens, divided once, by the counts of the whole update."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ppo_dist.algo.losses import policy_term, value_term
+from ppo_dist.types import Coefficients, MicroBatch, TermSums, TokenCounts
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """A micro-batch on the device; names as in MicroBatch."""
+
+    tokens_S: torch.Tensor
+    positions_S: torch.Tensor
+    states_K: torch.Tensor
+    targets_K: torch.Tensor
+    policy_weight_K: torch.Tensor
+    value_weight_K: torch.Tensor
+    ce_weight_K: torch.Tensor
+    advantages_K: torch.Tensor
+    returns_K: torch.Tensor
+    logprobs_K: torch.Tensor
+    values_K: torch.Tensor
+
+    @classmethod
+    def of(cls, batch: MicroBatch, device: torch.device) -> Tensors:
+        """The same arrays as tensors on the device."""
+        return cls(
+            **{name: torch.as_tensor(array).to(device) for name, array in vars(batch).items()}
+        )
+
+
+def policy_loss(
+    batch: Tensors,
+    logprobs_K: torch.Tensor,
+    entropy_K: torch.Tensor,
+    is_argmax_K: torch.Tensor,
+    counts: TokenCounts,
+    coefficients: Coefficients,
+    clip: float,
+) -> tuple[torch.Tensor, TermSums]:
+    """c_p·Σ policy·w/N_policy + μ·Σ ce·w/N_ce of one micro-batch, and the sums for the metrics.
+
+    A token without weight gets no gradient, and a term without tokens is exactly zero.
+    """
+    policy_live, ce_live = batch.policy_weight_K != 0, batch.ce_weight_K != 0
+    term = policy_term(logprobs_K, batch.logprobs_K, batch.advantages_K, clip)
+    policy_sum = torch.where(policy_live, term.loss * batch.policy_weight_K, 0.0).sum()
+    ce_sum = torch.where(ce_live, -logprobs_K * batch.ce_weight_K, 0.0).sum()
+    loss = policy_sum * (coefficients.policy / max(counts.policy, 1)) + ce_sum * (
+        coefficients.mu / max(counts.ce, 1)
+    )
+    sums = TermSums(
+        policy_loss=policy_sum.item(),
+        clipped=term.clipped[policy_live].sum().item(),
+        kl=term.kl[policy_live].sum().item(),
+        entropy=entropy_K[policy_live].sum().item(),
+        ce_loss=ce_sum.item(),
+        ce_correct=is_argmax_K[ce_live].sum().item(),
+    )
+    return loss, sums
+
+
+def value_loss(
+    batch: Tensors,
+    values_K: torch.Tensor,
+    counts: TokenCounts,
+    coefficients: Coefficients,
+    clip: float,
+) -> tuple[torch.Tensor, TermSums]:
+    """c_v·Σ value·w/N_value of one micro-batch, and the sums for the metrics."""
+    live = batch.value_weight_K != 0
+    term = value_term(values_K, batch.values_K, batch.returns_K, clip)
+    total = torch.where(live, term.loss * batch.value_weight_K, 0.0).sum()
+    sums = TermSums(value_loss=total.item(), value_clipped=term.clipped[live].sum().item())
+    return total * (coefficients.value / max(counts.value, 1)), sums

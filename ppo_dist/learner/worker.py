@@ -1,0 +1,256 @@
+"""A learner worker: one rank of policy, critic and reference. A plain class; cluster/ makes it a Ray actor."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoTokenizer
+
+from ppo_dist import device, files
+from ppo_dist.config import Config
+from ppo_dist.data.batching import pack_rows
+from ppo_dist.learner.engine import ZeroEngine, barrier, frozen, join_group, model_dtype, sharded
+from ppo_dist.learner.losses import Tensors, policy_loss, value_loss
+from ppo_dist.models.critic import load_critic
+from ppo_dist.models.policy import PolicyModel, load_policy
+from ppo_dist.protocols import WeightSender
+from ppo_dist.types import (
+    Annotation,
+    Coefficients,
+    Ints,
+    MicroBatch,
+    TermSums,
+    TokenCounts,
+    UpdateReport,
+    Weights,
+)
+
+MEGABYTE = 2**20
+
+
+@dataclass(frozen=True)
+class Seat:
+    """Where a worker stands: its rank, the number of ranks, and the address where they meet.
+
+    Example: Seat(rank=0, world=2, address="10.0.0.7", port=29411, device="cuda")
+    """
+
+    rank: int
+    world: int
+    address: str
+    port: int
+    device: device.DeviceKind
+
+
+@dataclass(frozen=True, eq=False)
+class UpdateShard:
+    """One rank's part of one update: as many micro-batches as every other rank has, for each of the two models."""
+
+    policy: tuple[MicroBatch, ...]
+    critic: tuple[MicroBatch, ...]
+    counts: TokenCounts
+
+
+class LearnerWorker:
+    """Holds this rank's shards. All ranks get the same calls in the same order."""
+
+    def __init__(
+        self, config: Config, model_path: str, sender: WeightSender, seat: Seat, resume: Path | None
+    ) -> None:
+        self._device = device.prepare(seat.device, config.learner.threads)
+        join_group(seat.rank, seat.world, seat.address, seat.port, seat.device)
+        torch.manual_seed(config.run.seed + seat.rank)
+        self._config, self._learner, self._seat = config, config.learner, seat
+        self._model_path, self._sender = model_path, sender
+        self._trained = resume is not None
+        self._policy = ZeroEngine(self._load_policy(model_path), config.learner)
+        self._reference: torch.nn.Module | None = None
+        self._critic: ZeroEngine | None = None
+        self._reference_folder: Path | None = None
+        if resume is not None:
+            self._resume(resume)
+
+    # ── what the group calls ─────────────────────────────────────────────────────────────────────────────────────
+
+    def annotate(self, shard: list[list[tuple[Ints, int]]]) -> list[list[Annotation]]:
+        """Annotations of (tokens_T, prompt length) pairs, micro-batch by micro-batch."""
+        if self._critic is None:
+            self._start_reinforcement()
+        with torch.no_grad():
+            return [self._annotate(rows) for rows in shard]
+
+    def update(self, shards: list[UpdateShard], coefficients: Coefficients) -> list[UpdateReport]:
+        """One optimizer step of each model for each shard, in order. A model without live tokens stays as it is."""
+        self._trained = True
+        return [self._update(shard, coefficients) for shard in shards]
+
+    def publish(self, version: int) -> Weights | None:
+        """Sends the policy out from rank 0; the others only lend their shards."""
+        parameters = self._policy.parameters(self._config.transport.bucket_mb * MEGABYTE)
+        named = ((name.removeprefix("lm."), tensor) for name, tensor in parameters)
+        if self._seat.rank == 0:
+            return self._sender.publish(version, named)
+        for _ in named:
+            pass
+        return None
+
+    def save_policy(self, folder: Path) -> None:
+        """Writes the policy as a Hugging Face folder, whole or not at all."""
+        parameters = self._policy.parameters(self._config.transport.bucket_mb * MEGABYTE)
+        if self._seat.rank != 0:
+            for _ in parameters:
+                pass
+        else:
+            state = {name.removeprefix("lm."): tensor.cpu().clone() for name, tensor in parameters}
+            self._write_policy(folder, state)
+        barrier()
+
+    def save_checkpoint(self, folder: Path) -> None:
+        """Writes this rank's part of all that training depends on."""
+        self._policy.save(folder / "policy")
+        if self._critic is not None:
+            self._critic.save(folder / "critic")
+        if self._seat.rank == 0 and self._reference_folder is not None:
+            shutil.copytree(
+                self._reference_folder, folder / "reference", copy_function=files.link_or_copy
+            )
+        torch.save(torch.get_rng_state(), folder / f"random-{self._seat.rank}.pt")
+        barrier()
+
+    # ── models ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _load_policy(self, path: str) -> PolicyModel:
+        dtype, trust = model_dtype(self._learner), self._config.model.trust_remote_code
+        lm = sharded(self._learner, lambda: load_policy(path, dtype, trust))
+        if self._learner.gradient_checkpointing:
+            lm.gradient_checkpointing_enable({"use_reentrant": False})
+        return PolicyModel(lm.train(), self._learner.logits_chunk)
+
+    def _load_critic(self, path: str) -> ZeroEngine:
+        dtype, trust = model_dtype(self._learner), self._config.model.trust_remote_code
+        critic = sharded(self._learner, lambda: load_critic(path, dtype, trust))
+        if self._learner.gradient_checkpointing:
+            critic.trunk.gradient_checkpointing_enable({"use_reentrant": False})
+        return ZeroEngine(critic.train(), self._learner)
+
+    def _load_reference(self, path: str) -> None:
+        self._reference = frozen(self._learner, self._load_policy(path), self._device)
+
+    def _start_reinforcement(self) -> None:
+        """Fixes the reference and starts the critic, both from the policy as it is now.
+
+        They come through a folder on disk, so that under ZeRO-3 no rank ever holds a whole model.
+        """
+        current = self._model_path
+        wants_reset = (
+            self._config.reference.path is None
+            and self._config.reference.reset == "after_supervised"
+        )
+        if self._trained and (wants_reset or self._config.critic.path is None):
+            folder = Path(self._config.run.dir) / "reference"
+            self.save_policy(folder)
+            current = str(folder)
+            self._reference_folder = folder if wants_reset else None
+        self._load_reference(
+            current if wants_reset else self._config.reference.path or self._model_path
+        )
+        self._critic = self._load_critic(self._config.critic.path or current)
+
+    def _resume(self, folder: Path) -> None:
+        self._policy.load(folder / "policy")
+        if (folder / "critic").exists():
+            kept = folder / "reference"
+            if kept.exists():
+                self._reference_folder = kept
+            wants_reset = (
+                self._config.reference.path is None
+                and self._config.reference.reset == "after_supervised"
+            )
+            initial = self._config.reference.path or self._model_path
+            self._load_reference(str(kept) if wants_reset and kept.exists() else initial)
+            self._critic = self._load_critic(self._config.critic.path or self._model_path)
+            self._critic.load(folder / "critic")
+        torch.set_rng_state(torch.load(folder / f"random-{self._seat.rank}.pt", weights_only=True))
+
+    def _write_policy(self, folder: Path, state: dict[str, torch.Tensor]) -> None:
+        aside = folder.with_name(f".{folder.name}.writing")
+        shutil.rmtree(aside, ignore_errors=True)
+        self._policy.module.lm.save_pretrained(aside, state_dict=state)
+        AutoTokenizer.from_pretrained(self._model_path).save_pretrained(aside)
+        files.replace(aside, folder)
+
+    # ── passes ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _annotate(self, rows: list[tuple[Ints, int]]) -> list[Annotation]:
+        assert self._critic is not None and self._reference is not None, "annotate() starts both"
+        live = rows or [(np.zeros(2, np.int64), 1)]
+        tokens_S, positions_S, states_K = (
+            torch.as_tensor(a).to(self._device) for a in pack_rows(live, end=True)
+        )
+        targets_K = tokens_S[(states_K + 1).clamp(max=len(tokens_S) - 1)]
+        temperature_K = torch.full_like(
+            states_K, self._config.rollout.temperature, dtype=torch.float32
+        )
+        args = (tokens_S, positions_S, states_K, targets_K, temperature_K)
+        logprobs_K = self._policy(*args)[0].cpu().numpy()
+        reference_K = self._reference(*args)[0].cpu().numpy()
+        values_K = self._critic(tokens_S, positions_S, states_K).cpu().numpy()
+        annotations, begin = [], 0
+        for tokens_T, prompt in rows:
+            end = begin + len(tokens_T) - prompt
+            response = slice(begin, end)
+            annotations.append(
+                Annotation(
+                    logprobs_K[response],
+                    reference_K[response],
+                    values_K[response],
+                    float(values_K[end]),
+                )
+            )
+            begin = end + 1
+        return annotations
+
+    def _update(self, shard: UpdateShard, coefficients: Coefficients) -> UpdateReport:
+        sums, grad_norm, critic_norm = TermSums(), None, None
+        if shard.counts.policy or shard.counts.ce:
+            for micro_batch in shard.policy:
+                sums += self._policy_backward(micro_batch, shard.counts, coefficients)
+            grad_norm = self._policy.step(coefficients.lr)
+        if shard.counts.value:
+            for micro_batch in shard.critic:
+                sums += self._critic_backward(micro_batch, shard.counts, coefficients)
+            critic_norm = self._critic_engine.step(coefficients.critic_lr)
+        return UpdateReport(shard.counts, sums, grad_norm, critic_norm)
+
+    @property
+    def _critic_engine(self) -> ZeroEngine:
+        assert self._critic is not None, "annotate() comes before an update with value tokens"
+        return self._critic
+
+    def _policy_backward(
+        self, micro_batch: MicroBatch, counts: TokenCounts, coefficients: Coefficients
+    ) -> TermSums:
+        batch = Tensors.of(micro_batch, self._device)
+        # the policy that acts is softmax(logits / temperature); imitation is of softmax(logits)
+        temperature_K = torch.where(batch.ce_weight_K != 0, 1.0, self._config.rollout.temperature)
+        passed = self._policy(
+            batch.tokens_S, batch.positions_S, batch.states_K, batch.targets_K, temperature_K
+        )
+        loss, sums = policy_loss(batch, *passed, counts, coefficients, self._config.algorithm.clip)
+        self._policy.backward(loss)
+        return sums
+
+    def _critic_backward(
+        self, micro_batch: MicroBatch, counts: TokenCounts, coefficients: Coefficients
+    ) -> TermSums:
+        batch = Tensors.of(micro_batch, self._device)
+        values_K = self._critic_engine(batch.tokens_S, batch.positions_S, batch.states_K)
+        loss, sums = value_loss(
+            batch, values_K, counts, coefficients, self._config.algorithm.value_clip
+        )
+        self._critic_engine.backward(loss)
+        return sums

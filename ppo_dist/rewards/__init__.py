@@ -1,0 +1,1 @@
+"""Judges of responses, one file per kind."""

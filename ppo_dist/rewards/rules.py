@@ -1,0 +1,129 @@
+"""Rewards that follow from the response and the prompt's answer alone: exact, numeric, regex, and their sums."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
+
+from ppo_dist.config.base import InputError, Origin
+from ppo_dist.config.reward import ExactReward, NumericReward, RegexReward
+from ppo_dist.protocols import RewardSource
+from ppo_dist.rewards.extract import extractor
+from ppo_dist.types import Rollout, Score
+
+OnError = Literal["error", "zero"]
+Judge = Callable[[Rollout], float]
+logger = logging.getLogger(__name__)
+
+
+class Judged:
+    """A RewardSource out of a function of one rollout; what the function fails on is an error or a counted zero."""
+
+    def __init__(self, judge: Judge, source: str, on_error: OnError) -> None:
+        self._judge, self._source, self._on_error = judge, source, on_error
+
+    def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
+        """See RewardSource.
+
+        Raises:
+            InputError: the function raised or returned no finite number, and `reward.on_error` is error.
+        """
+        return [self._score(rollout) for rollout in rollouts]
+
+    def _score(self, rollout: Rollout) -> Score:
+        try:
+            value = float(self._judge(rollout))
+            fault = None if math.isfinite(value) else f"returned {value}"
+        except Exception as error:  # a checker is foreign code and the response may be anything
+            fault = f"{type(error).__name__}: {error}"
+        if fault is None:
+            return Score(value, self._source)
+        message = f"reward {self._source} failed on {rollout.prompt.uid}, response {rollout.text[:200]!r}: {fault}"
+        if self._on_error == "error":
+            raise InputError(message)
+        logger.warning("%s; counted as 0", message)
+        return Score(0.0, self._source, fault)
+
+
+def exact(rule: ExactReward) -> Judge:
+    """1 if the extracted text is the answer, else 0."""
+    extract = extractor(rule.extract)
+
+    def judge(rollout: Rollout) -> float:
+        found, answer = extract(rollout.text), _answer(rollout).strip()
+        if found is None:
+            return 0.0
+        return float(found.lower() == answer.lower() if rule.ignore_case else found == answer)
+
+    return judge
+
+
+def numeric(rule: NumericReward) -> Judge:
+    """1 if the extracted number is the answer within the tolerance, else 0."""
+    extract = extractor(rule.extract)
+
+    def judge(rollout: Rollout) -> float:
+        answer = float(_answer(rollout).replace(",", ""))
+        try:
+            found = float((extract(rollout.text) or "").replace(",", ""))
+        except ValueError:
+            return 0.0
+        return float(abs(found - answer) <= rule.tolerance)
+
+    return judge
+
+
+def regex(rule: RegexReward) -> Judge:
+    """1 if the pattern is found in the response, else 0.
+
+    Raises:
+        InputError: the pattern is not a regular expression.
+    """
+    try:
+        pattern = re.compile(rule.pattern)
+    except re.error as error:
+        raise InputError(f"reward: {rule.pattern!r} is not a regular expression: {error}") from None
+    return lambda rollout: float(pattern.search(rollout.text) is not None)
+
+
+def _answer(rollout: Rollout) -> str:
+    if rollout.prompt.answer is None:
+        raise ValueError("the prompt has no answer")
+    return rollout.prompt.answer
+
+
+class WeightedSum:
+    """Sum of weight · score over its parts."""
+
+    def __init__(self, parts: Sequence[tuple[float, RewardSource]]) -> None:
+        self._parts = parts
+
+    def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
+        """See RewardSource. The source names all parts; the first part's fault stands for all."""
+        columns = [part.score(rollouts) for _, part in self._parts]
+        return [self._sum(row) for row in zip(*columns, strict=True)]
+
+    def _sum(self, row: tuple[Score, ...]) -> Score:
+        value = sum(
+            weight * score.value for (weight, _), score in zip(self._parts, row, strict=True)
+        )
+        fault = next((score.fault for score in row if score.fault), None)
+        return Score(value, "+".join(score.source for score in row), fault)
+
+
+class ByOrigin:
+    """Asks, for each rollout, the source that its prompt's origin has."""
+
+    def __init__(self, sources: Mapping[Origin, RewardSource]) -> None:
+        self._sources = sources
+
+    def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
+        """See RewardSource."""
+        scores: dict[int, Score] = {}
+        for origin, source in self._sources.items():
+            members = [i for i, rollout in enumerate(rollouts) if rollout.prompt.origin == origin]
+            scores.update(zip(members, source.score([rollouts[i] for i in members]), strict=True))
+        return [scores[i] for i in range(len(rollouts))]

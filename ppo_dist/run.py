@@ -1,0 +1,231 @@
+"""A training run from config to finished folder: what `ppo-dist train` does."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from ppo_dist import build
+from ppo_dist.config import Config, InputError
+from ppo_dist.config.load import dump
+from ppo_dist.coordinator.evaluate import Evaluator
+from ppo_dist.coordinator.loop import Loop, Parts
+from ppo_dist.coordinator.state import Checkpoints, RunState, read_state
+from ppo_dist.coordinator.stream import Stream
+from ppo_dist.data.encode import Encoder
+from ppo_dist.protocols import Tracker
+from ppo_dist.semi.schedule import Scheduled
+from ppo_dist.tracking.console import Several, Terminal
+from ppo_dist.tracking.local import JsonLines, read_rows, record_event
+from ppo_dist.types import LabelledExample, Prompt
+
+SUMMARY = "summary.json"
+# a run can be resumed with other values of every key but these
+FIXED = (
+    "model",
+    "data",
+    "run.seed",
+    "learner.workers",
+    "learner.zero_stage",
+    "learner.dtype",
+    "learner.optimizer",
+)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The data of a run as tokens.
+
+    Example: Encoded(prompts={"verifiable": [Prompt(…)]}, examples=[LabelledExample(…)], held_out=[Prompt(…)], counts={})
+    """
+
+    prompts: dict[Any, list[Prompt]]
+    examples: list[LabelledExample]
+    held_out: list[Prompt]
+    counts: dict[str, int] = field(default_factory=dict)
+
+
+def train(config: Config, resume: bool | Path, console: Console) -> int:
+    """Trains to the last step, or until it is interrupted. Returns the exit code, 0 or 130.
+
+    Raises:
+        InputError: config, data, run folder or cluster do not allow it.
+    """
+    folder = Path(config.run.dir)
+    if _complete(folder, config):
+        console.print(
+            f"{folder} is complete: {config.train.steps} steps. Raise train.steps with --resume to go on."
+        )
+        return 0
+    rows = build.check(config)
+    checkpoint, state, parts_state = _starting_point(config, folder, resume, console)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(dump(config), encoding="utf-8")
+    model_path = build.model_folder(config, rows)
+    encoded = encode(config, rows, model_path)
+    for what, count in encoded.counts.items():
+        console.print(f"{count} prompts longer than data.max_prompt_tokens were {what}")
+    schedule = Scheduled(config.mix)
+    stream = Stream(encoded.prompts, encoded.examples, config.run.seed)
+    if checkpoint is not None:
+        schedule.load_state_dict(parts_state["schedule"])
+        stream.load_state_dict(parts_state["stream"])
+        record_event(folder, "resumed", step=state.step)
+    with (
+        build.workers(config, model_path, checkpoint) as (learners, pool),
+        _interrupts() as interrupted,
+    ):
+        reward = build.reward_source(config)
+        evaluator = Evaluator(config, encoded.held_out, pool, reward) if encoded.held_out else None
+        tracker = _tracker(config, folder, state, checkpoint is not None, console)
+        estimator = build.advantage_estimator(config.algorithm.advantage)
+        loop = Loop(
+            config,
+            Parts(schedule, stream, pool, learners, reward, estimator, tracker, evaluator),
+            state,
+        )
+        try:
+            done = loop.run(interrupted)
+        finally:
+            tracker.close()
+    if not done:
+        record_event(folder, "interrupted", step=loop.state.step)
+        console.print(f"stopped after step {loop.state.step}; `--resume` goes on from there")
+        return 130
+    _finish(folder, loop.state)
+    return 0
+
+
+def encode(config: Config, rows: build.Rows, model_path: str) -> Encoded:
+    """Tokens of all data.
+
+    Raises:
+        InputError: nothing is left of a data set, or a prompt is too long where that is an error.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(
+        model_path, trust_remote_code=config.model.trust_remote_code
+    )
+    encoder = Encoder(tokenizer, config.data)
+    prompts = {origin: encoder.prompts(group, origin) for origin, group in rows.prompts.items()}
+    encoded = Encoded(
+        prompts,
+        encoder.examples(rows.prompts["labelled"]),
+        encoder.prompts(rows.held_out, "labelled"),
+        encoder.counts,
+    )
+    for name, before, after in (
+        *((o, rows.prompts[o], prompts[o]) for o in prompts),
+        ("held_out", rows.held_out, encoded.held_out),
+    ):
+        if before and not after:
+            raise InputError(
+                f"data.{name}: no prompt has at most {config.data.max_prompt_tokens} tokens (data.max_prompt_tokens)"
+            )
+    return encoded
+
+
+def _complete(folder: Path, config: Config) -> bool:
+    summary = folder / SUMMARY
+    return summary.exists() and json.loads(summary.read_text())["steps"] >= config.train.steps
+
+
+def _starting_point(
+    config: Config, folder: Path, resume: bool | Path, console: Console
+) -> tuple[Path | None, RunState, dict[str, Any]]:
+    """The checkpoint to go on from, if any, and what it says."""
+    if not resume:
+        if (folder / "config.yaml").exists():
+            raise InputError(
+                f"{folder} holds a run that is not complete: add --resume to go on, or choose another run.dir"
+            )
+        return None, RunState(), {}
+    if isinstance(resume, Path):
+        chosen: Path | None = resume
+    else:
+        chosen, problems = Checkpoints(folder, config.train.keep_checkpoints).newest_whole()
+        for problem in problems:
+            console.print(f"skipped a checkpoint: {problem}")
+        if chosen is None and problems:
+            raise InputError(f"{folder}: no checkpoint is whole")
+    if (folder / "config.yaml").exists():
+        _compare(yaml.safe_load((folder / "config.yaml").read_text()), config)
+    if chosen is None:
+        console.print("no checkpoint yet: starting at step 0")
+        return None, RunState(), {}
+    state, parts = read_state(chosen)
+    console.print(f"resuming from {chosen}")
+    return chosen, state, parts
+
+
+def _compare(before: dict[str, Any], config: Config) -> None:
+    now = yaml.safe_load(dump(config))
+    for key in FIXED:
+        old, new = before, now
+        for part in key.split("."):
+            old, new = old.get(part, {}), new[part]
+        if old != new:
+            raise InputError(
+                f"{key} differs from the run's own (config.yaml in the run folder), so it cannot be resumed with it"
+            )
+
+
+def _tracker(
+    config: Config, folder: Path, state: RunState, resumed: bool, console: Console
+) -> Tracker:
+    trackers: list[Tracker] = [JsonLines(folder, state.step if resumed else None)]
+    if config.tracking.progress:
+        trackers.append(Terminal(console, config.train.steps, state.step))
+    if config.tracking.wandb != "off":
+        from ppo_dist.tracking.wandb import Wandb
+
+        trackers.append(Wandb(config, folder, resumed))
+    return Several(trackers)
+
+
+def _finish(folder: Path, state: RunState) -> None:
+    rows = [
+        row
+        for row in read_rows(folder / "metrics.jsonl")
+        if row.get("eval/held_out/accuracy") is not None
+    ]
+    evaluations = [
+        {"step": r["step"], **{k: v for k, v in r.items() if k.startswith("eval/")}} for r in rows
+    ]
+    summary = {
+        "steps": state.step,
+        "best_step": state.best_step,
+        "best_accuracy": state.best,
+        "evaluations": evaluations,
+    }
+    (folder / SUMMARY).write_text(json.dumps(summary, indent=1))
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[Any]:
+    """A function that tells whether SIGINT or SIGTERM came; a second one ends the process at once."""
+    came = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield came.is_set
+        return
+
+    def note(number: int, frame: Any) -> None:
+        came.set()
+        signal.signal(number, signal.SIG_DFL)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield came.is_set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

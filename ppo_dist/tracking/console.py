@@ -1,0 +1,97 @@
+"""The terminal: a live line while a run goes on, plain lines where there is no terminal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+PLAIN_EVERY_S = 10.0
+
+
+class Terminal:
+    """A Tracker that shows step, reward, KL, tokens/s and time left."""
+
+    def __init__(self, console: Console, total: int, done: int) -> None:
+        self._console, self._total = console, total
+        self._begin, self._done_before, self._last = time.monotonic(), done, 0.0
+        self._progress = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[line]}"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._task = self._progress.add_task("train", total=total, completed=done, line="")
+        if console.is_terminal:
+            self._progress.start()
+
+    def log(self, step: int, metrics: Mapping[str, float | None]) -> None:
+        """See Tracker."""
+        line = describe(metrics)
+        if self._console.is_terminal:
+            self._progress.update(self._task, completed=step, line=line)
+            return
+        now = time.monotonic()
+        evaluated = metrics.get("eval/held_out/accuracy") is not None
+        if evaluated or step == self._total or now - self._last > PLAIN_EVERY_S:
+            self._last = now
+            per_step = (now - self._begin) / max(step - self._done_before, 1)
+            left = f"  {per_step * (self._total - step):.0f} s left" if step else ""
+            self._console.print(f"step {step}/{self._total}  {line}{left}", highlight=False)
+
+    def table(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Samples are not shown."""
+
+    def close(self) -> None:
+        """See Tracker."""
+        if self._console.is_terminal:
+            self._progress.stop()
+
+
+def describe(metrics: Mapping[str, float | None]) -> str:
+    """One line out of a metrics row; what it has no number for is left out."""
+    shown = [
+        (
+            "reward",
+            _first(
+                metrics, "reward/verifiable/mean", "reward/unlabelled/mean", "reward/labelled/mean"
+            ),
+            ".3f",
+        ),
+        ("sup", metrics.get("sup/loss"), ".3f"),
+        ("KL", metrics.get("objective/kl"), ".3f"),
+        ("tokens/s", metrics.get("perf/tokens_per_s"), ".0f"),
+        ("held-out", metrics.get("eval/held_out/accuracy"), ".1%"),
+    ]
+    return "  ".join(f"{name} {value:{form}}" for name, value, form in shown if value is not None)
+
+
+def _first(metrics: Mapping[str, float | None], *names: str) -> float | None:
+    return next((metrics[name] for name in names if metrics.get(name) is not None), None)
+
+
+class Several:
+    """A Tracker that passes everything on to others."""
+
+    def __init__(self, trackers: Sequence[Any]) -> None:
+        self._trackers = trackers
+
+    def log(self, step: int, metrics: Mapping[str, float | None]) -> None:
+        """See Tracker."""
+        for tracker in self._trackers:
+            tracker.log(step, metrics)
+
+    def table(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """See Tracker."""
+        for tracker in self._trackers:
+            tracker.table(step, rows)
+
+    def close(self) -> None:
+        """See Tracker."""
+        for tracker in self._trackers:
+            tracker.close()

@@ -1,0 +1,66 @@
+"""Files of a run: metrics.jsonl, samples.jsonl, events.jsonl."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+class JsonLines:
+    """A Tracker that appends to metrics.jsonl and samples.jsonl of a folder."""
+
+    def __init__(self, folder: Path, after_step: int | None) -> None:
+        """Keeps rows up to `after_step` (those of a run that is resumed there); None starts anew."""
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            _keep(folder / name, after_step)
+        self._metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        self._samples = (folder / "samples.jsonl").open("a", encoding="utf-8")
+
+    def log(self, step: int, metrics: Mapping[str, float | None]) -> None:
+        """See Tracker."""
+        _write(self._metrics, {"step": step, **metrics})
+
+    def table(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """See Tracker."""
+        for row in rows:
+            _write(self._samples, {"step": step, **row})
+
+    def close(self) -> None:
+        """See Tracker."""
+        self._metrics.close()
+        self._samples.close()
+
+
+def record_event(folder: Path, kind: str, **details: Any) -> None:
+    """Adds a line to events.jsonl: what happened to the run beside its steps."""
+    with (folder / "events.jsonl").open("a", encoding="utf-8") as file:
+        _write(file, {"time": time.time(), "event": kind, **details})
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a .jsonl file that the run wrote; a last line that was cut off is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def _keep(path: Path, after_step: int | None) -> None:
+    kept = (
+        [] if after_step is None else [row for row in read_rows(path) if row["step"] <= after_step]
+    )
+    aside = path.with_suffix(".writing")
+    aside.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    os.replace(aside, path)
+
+
+def _write(file: Any, row: Mapping[str, Any]) -> None:
+    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    file.flush()

@@ -1,0 +1,169 @@
+"""Records to metrics rows: names, and what each number means. Nothing to count is None, and every row has every key."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import reduce
+
+import numpy as np
+
+from ppo_dist.config import ORIGINS, Config
+from ppo_dist.types import (
+    Annotation,
+    Coefficients,
+    MixPlan,
+    Rollout,
+    Scored,
+    StepReport,
+    TermSums,
+    TrainSequence,
+)
+
+Row = dict[str, float | None]
+STAGES = ("generate", "score", "annotate", "update", "publish", "evaluate", "save", "step")
+
+
+class Stopwatch:
+    """Seconds by stage of one step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = dict.fromkeys(STAGES, 0.0)
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        """Adds the time of the block to a stage."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] += time.perf_counter() - begin
+
+
+def keys(config: Config) -> list[str]:
+    """Every key that a row of this run has."""
+    names = [f"reward/{origin}/mean" for origin in ORIGINS if dict(config.data)[origin]]
+    names += ["reward/faults", "objective/kl"]
+    names += [
+        f"policy/{k}" for k in ("loss", "approx_kl", "clip_fraction", "entropy", "grad_norm", "lr")
+    ]
+    names += [
+        f"critic/{k}" for k in ("loss", "explained_variance", "clip_fraction", "grad_norm", "lr")
+    ]
+    names += [f"sup/{k}" for k in ("loss", "accuracy", "tokens")]
+    names += ["semi/mu", "semi/labelled_share"]
+    names += [
+        f"rollout/{k}"
+        for k in ("tokens", "length_mean", "truncated_rate", "logprob_gap", "version_lag")
+    ]
+    names += [f"timing_s/{stage}" for stage in STAGES] + ["perf/tokens_per_s"]
+    if config.data.held_out:
+        names += [f"eval/held_out/{k}" for k in ("accuracy", "reward", "sampled_accuracy")]
+    return names
+
+
+def step_row(
+    plan: MixPlan,
+    coefficients: Coefficients,
+    version: int,
+    scored: Sequence[Scored],
+    annotations: Sequence[Annotation],
+    sequences: Sequence[TrainSequence],
+    report: StepReport,
+) -> Row:
+    """All that a step tells, timings aside."""
+    return {
+        **_rewards(scored),
+        **_rollouts([s.rollout for s in scored], annotations, version),
+        **_updates(report, coefficients),
+        "critic/explained_variance": _explained_variance(sequences),
+        "semi/mu": plan.mu,
+    }
+
+
+def timings(seconds: Mapping[str, float], row: Row) -> Row:
+    """Seconds by stage, and response and supervised tokens learned from per second of the step."""
+    tokens = (row.get("rollout/tokens") or 0) + (row.get("sup/tokens") or 0)
+    step = seconds["step"]
+    return {
+        **{f"timing_s/{stage}": value for stage, value in seconds.items()},
+        "perf/tokens_per_s": tokens / step if step > 0 and tokens else None,
+    }
+
+
+def evaluation(greedy: Sequence[Scored], sampled: Sequence[Scored]) -> Row:
+    """Accuracy is the share of responses with a reward of at least 1."""
+    return {
+        "eval/held_out/accuracy": _mean([s.score.value >= 1 for s in greedy]),
+        "eval/held_out/reward": _mean([s.score.value for s in greedy]),
+        "eval/held_out/sampled_accuracy": _mean([s.score.value >= 1 for s in sampled]),
+    }
+
+
+def _rewards(scored: Sequence[Scored]) -> Row:
+    row: Row = {
+        f"reward/{origin}/mean": _mean(
+            [s.score.value for s in scored if s.rollout.prompt.origin == origin]
+        )
+        for origin in ORIGINS
+    }
+    row["reward/faults"] = float(sum(s.score.fault is not None for s in scored)) if scored else None
+    return row
+
+
+def _rollouts(rollouts: Sequence[Rollout], annotations: Sequence[Annotation], version: int) -> Row:
+    pairs = list(zip(rollouts, annotations, strict=True))
+    return {
+        "objective/kl": _mean([float((a.logprobs_R - a.reference_R).sum()) for a in annotations]),
+        "rollout/tokens": float(sum(len(r.tokens_R) for r in rollouts)),
+        "rollout/length_mean": _mean([len(r.tokens_R) for r in rollouts]),
+        "rollout/truncated_rate": _mean([r.finish == "length" for r in rollouts]),
+        "rollout/logprob_gap": _mean(
+            np.concatenate([np.abs(a.logprobs_R - r.logprobs_R) for r, a in pairs]) if pairs else []
+        ),
+        "rollout/version_lag": _mean([version - r.version for r in rollouts]),
+    }
+
+
+def _updates(report: StepReport, coefficients: Coefficients) -> Row:
+    total = reduce(TermSums.__add__, (u.sums for u in report.updates), TermSums())
+    policy = sum(u.counts.policy for u in report.updates)
+    value = sum(u.counts.value for u in report.updates)
+    ce = sum(u.counts.ce for u in report.updates)
+    return {
+        "policy/loss": _share(total.policy_loss, policy),
+        "policy/approx_kl": _share(total.kl, policy),
+        "policy/clip_fraction": _share(total.clipped, policy),
+        "policy/entropy": _share(total.entropy, policy),
+        "policy/grad_norm": _mean([u.grad_norm for u in report.updates if u.grad_norm is not None]),
+        "policy/lr": coefficients.lr,
+        "critic/loss": _share(total.value_loss, value),
+        "critic/clip_fraction": _share(total.value_clipped, value),
+        "critic/grad_norm": _mean(
+            [u.critic_grad_norm for u in report.updates if u.critic_grad_norm is not None]
+        ),
+        "critic/lr": coefficients.critic_lr,
+        "sup/loss": _share(total.ce_loss, ce),
+        "sup/accuracy": _share(total.ce_correct, ce),
+        "sup/tokens": float(ce),
+        "semi/labelled_share": _share(ce, ce + policy),
+    }
+
+
+def _explained_variance(sequences: Sequence[TrainSequence]) -> float | None:
+    """1 − Var(G − V) / Var(G) over the step's response tokens; None if the returns do not vary."""
+    if not sequences:
+        return None
+    returns = np.concatenate([s.returns_R for s in sequences]).astype(np.float64)
+    values = np.concatenate([s.values_R for s in sequences]).astype(np.float64)
+    variance = float(returns.var())
+    return 1 - float((returns - values).var()) / variance if variance > 0 else None
+
+
+def _share(total: float, count: int) -> float | None:
+    return total / count if count else None
+
+
+def _mean(values: Sequence[float | bool] | np.ndarray) -> float | None:
+    return float(np.mean(values)) if len(values) else None
