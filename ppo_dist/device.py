@@ -23,7 +23,6 @@ def prepare(kind: DeviceKind, threads: int) -> torch.device:
     """
     torch.set_num_threads(threads)
     if kind == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"
         return torch.device("cpu")
     torch.cuda.set_device(0)
     return torch.device("cuda", 0)
@@ -32,3 +31,9 @@ def prepare(kind: DeviceKind, threads: int) -> torch.device:
 def backend(kind: DeviceKind) -> str:
     """The collective backend of torch.distributed."""
     return "nccl" if kind == "cuda" else "gloo"
+
+
+def tell_deepspeed() -> None:
+    """Names the accelerator before DeepSpeed is imported: without one it would guess, and warn."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ class Wandb:
             mode = "online" if has_key() else "offline"
         # a resumed run goes on under its own id
         kept = folder / ID_FILE
-        run_id = kept.read_text().strip() if resume and kept.exists() else wandb.util.generate_id()
+        run_id = kept.read_text().strip() if resume and kept.exists() else secrets.token_hex(4)
         kept.write_text(run_id)
         self._run = wandb.init(
             project=config.tracking.project,
