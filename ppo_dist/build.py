@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ppo_dist.config import ORIGINS, Config, InputError, Origin, sees_answer
 from ppo_dist.config.algorithm import Gae as GaeSection
@@ -23,6 +24,9 @@ from ppo_dist.config.reward import (
 )
 from ppo_dist.data.sources import Row, read
 from ppo_dist.protocols import AdvantageEstimator, LearnerGroup, RewardSource, RolloutPool
+
+if TYPE_CHECKING:
+    from ppo_dist.device import DeviceKind
 
 
 @dataclass(frozen=True)
@@ -168,44 +172,76 @@ def model_folder(config: Config, rows: Rows) -> str:
 
 
 @contextlib.contextmanager
-def workers(
-    config: Config, model_path: str, resume: Path | None
-) -> Iterator[tuple[LearnerGroup, RolloutPool]]:
-    """Learners and rollout workers, running; ended at the end.
+def cluster(config: Config) -> Iterator[None]:
+    """Whatever the workers run on: a Ray connection, or nothing.
 
     Raises:
-        InputError: the cluster cannot be joined or is too small.
+        InputError: the cluster cannot be joined, or is too small for a training run of this config.
+    """
+    if config.cluster.kind == "local":
+        yield
+        return
+    from ppo_dist.cluster.session import demand, session
+
+    with session(config):
+        demand(config)
+        yield
+
+
+@contextlib.contextmanager
+def learners(config: Config, model_path: str, resume: Path | None) -> Iterator[LearnerGroup]:
+    """The learners, started inside `cluster`; from a checkpoint if one is given.
+
+    Raises:
+        InputError: the cluster has no room for them.
     """
     from ppo_dist.learner.group import InProcess, Learners
 
     budget = config.learner.micro_batch_tokens
     if config.cluster.kind == "local":
-        from ppo_dist import device
         from ppo_dist.learner.worker import LearnerWorker, Seat
+        from ppo_dist.transport.memory import MemorySender
+
+        seat = Seat(0, 1, "127.0.0.1", _free_port(), _local_device(config))
+        worker = LearnerWorker(config, model_path, MemorySender(), seat, resume)
+        yield Learners(InProcess(worker), budget)
+        return
+    from ppo_dist.cluster.groups import RayRanks
+    from ppo_dist.cluster.session import places
+    from ppo_dist.transport.store import StoreSender
+
+    with places(config, config.learner.workers, config.learner.cpus) as reserved:
+        sender = StoreSender(config.transport.bucket_mb * 2**20)
+        yield Learners(RayRanks(config, model_path, sender, reserved, resume), budget)
+
+
+@contextlib.contextmanager
+def rollout_pool(config: Config, model_path: str) -> Iterator[RolloutPool]:
+    """The rollout workers, started inside `cluster` with the model as it is on disk (version 0).
+
+    Raises:
+        InputError: the cluster has no room for them.
+    """
+    if config.cluster.kind == "local":
         from ppo_dist.rollout.pool import InProcessPool
         from ppo_dist.rollout.worker import RolloutWorker
-        from ppo_dist.transport.memory import MemoryReceiver, MemorySender
+        from ppo_dist.transport.memory import MemoryReceiver
 
-        kind = device.available() if config.cluster.device == "auto" else config.cluster.device
-        seat = Seat(0, 1, "127.0.0.1", _free_port(), kind)
-        learner = LearnerWorker(config, model_path, MemorySender(), seat, resume)
-        yield (
-            Learners(InProcess(learner), budget),
-            InProcessPool(RolloutWorker(config, model_path, MemoryReceiver(), kind)),
-        )
+        receiver = MemoryReceiver()
+        yield InProcessPool(RolloutWorker(config, model_path, receiver, _local_device(config)))
         return
+    from ppo_dist.cluster.groups import RayPool
+    from ppo_dist.cluster.session import places
+    from ppo_dist.transport.store import StoreReceiver
 
-    from ppo_dist.cluster.groups import RayPool, RayRanks
-    from ppo_dist.cluster.session import places, session
-    from ppo_dist.transport.store import StoreReceiver, StoreSender
+    with places(config, config.rollout.workers, config.rollout.cpus) as reserved:
+        yield RayPool(config, model_path, StoreReceiver(), reserved)
 
-    with session(config), places(config) as reserved:
-        ranks = RayRanks(
-            config, model_path, StoreSender(config.transport.bucket_mb * 2**20), reserved, resume
-        )
-        pool = RayPool(config, model_path, StoreReceiver(), reserved)
-        ranks.ready()
-        yield Learners(ranks, budget), pool
+
+def _local_device(config: Config) -> DeviceKind:
+    from ppo_dist import device
+
+    return device.available() if config.cluster.device == "auto" else config.cluster.device
 
 
 def _free_port() -> int:

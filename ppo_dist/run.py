@@ -81,7 +81,9 @@ def train(config: Config, resume: bool | Path, console: Console) -> int:
         stream.load_state_dict(parts_state["stream"])
         record_event(folder, "resumed", step=state.step)
     with (
-        build.workers(config, model_path, checkpoint) as (learners, pool),
+        build.cluster(config),
+        build.learners(config, model_path, checkpoint) as learners,
+        build.rollout_pool(config, model_path) as pool,
         _interrupts() as interrupted,
     ):
         reward = build.reward_source(config)

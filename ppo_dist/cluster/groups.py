@@ -52,10 +52,10 @@ class RayRanks:
         places: Places,
         resume: Path | None,
     ) -> None:
-        self.world = places.learners
+        self.world = places.count
         actor = ray.remote(LearnerActor)
         self._actors = [
-            actor.options(**_place(config.learner.cpus, places, r)).remote()
+            actor.options(**_place(places, r)).remote()
             for r in range(self.world)
         ]
         address, port = ray.get(self._actors[0].meeting_point.remote())
@@ -87,10 +87,10 @@ class RayPool:
     ) -> None:
         actor = ray.remote(RolloutWorker)
         self._workers = [
-            actor.options(**_place(config.rollout.cpus, places, places.learners + i)).remote(
+            actor.options(**_place(places, i)).remote(
                 config, model_path, receiver, places.device
             )
-            for i in range(places.rollouts)
+            for i in range(places.count)
         ]
         self._waiting: list[tuple[int, Chunk]] = []
         self._running: dict[ray.ObjectRef, tuple[int, Any]] = {}
@@ -127,10 +127,10 @@ class RayPool:
             self._running[worker.generate.remote(chunk)] = (number, worker)
 
 
-def _place(cpus: float, places: Places, bundle: int) -> dict[str, Any]:
+def _place(places: Places, bundle: int) -> dict[str, Any]:
     strategy = PlacementGroupSchedulingStrategy(places.group, placement_group_bundle_index=bundle)
     return {
-        "num_cpus": cpus,
+        "num_cpus": places.cpus,
         "num_gpus": int(places.device == "cuda"),
         "scheduling_strategy": strategy,
     }

@@ -19,14 +19,14 @@ Bundle = dict[str, float]
 
 @dataclass(frozen=True)
 class Places:
-    """Reserved places: learners first, then rollout workers, one bundle each.
+    """Reserved places for workers of one kind, a bundle each.
 
-    Example: Places(group=PlacementGroup(…), learners=2, rollouts=2, device="cuda")
+    Example: Places(group=PlacementGroup(…), count=2, cpus=1.0, device="cuda")
     """
 
     group: PlacementGroup
-    learners: int
-    rollouts: int
+    count: int
+    cpus: float
     device: DeviceKind
 
 
@@ -58,49 +58,59 @@ def session(config: Config) -> Iterator[None]:
         ray.shutdown()
 
 
-@contextlib.contextmanager
-def places(config: Config) -> Iterator[Places]:
-    """Places for every worker, given back at the end.
+def device_kind(config: Config) -> DeviceKind:
+    """Where workers of this run compute: on GPUs if the cluster has any, unless the config says which."""
+    if config.cluster.device != "auto":
+        return config.cluster.device
+    return "cuda" if ray.cluster_resources().get("GPU", 0) > 0 else "cpu"
+
+
+def layout(count: int, cpus: float, device: DeviceKind) -> list[Bundle]:
+    """What workers of one kind reserve; on GPUs one each."""
+    gpu: Bundle = {"GPU": 1.0} if device == "cuda" else {}
+    return [{"CPU": cpus, **gpu}] * count
+
+
+def demand(config: Config) -> None:
+    """Compares what a whole training run asks for with what the cluster has in all.
 
     Raises:
-        InputError: the cluster has less than the run asks for, or does not free it within `cluster.wait_s`.
+        InputError: the cluster has less.
     """
-    found = ray.cluster_resources()
-    device: DeviceKind = "cpu"
-    if config.cluster.device == "cuda" or (
-        config.cluster.device == "auto" and found.get("GPU", 0) > 0
-    ):
-        device = "cuda"
-    bundles = layout(config, device)
-    lacking = difference(bundles, found)
+    device = device_kind(config)
+    bundles = layout(config.learner.workers, config.learner.cpus, device)
+    bundles += layout(config.rollout.workers, config.rollout.cpus, device)
+    lacking = difference(bundles, ray.cluster_resources())
     if lacking:
         raise InputError(
-            f"the cluster is too small: {lacking}; lower learner.workers or rollout.workers, or add nodes"
+            f"the cluster is too small: {lacking}; lower learner.workers, rollout.workers or their "
+            "`cpus`, or add nodes"
         )
+
+
+@contextlib.contextmanager
+def places(config: Config, count: int, cpus: float) -> Iterator[Places]:
+    """Places for some workers, given back at the end.
+
+    Raises:
+        InputError: the cluster does not free them within `cluster.wait_s`.
+    """
+    device = device_kind(config)
+    bundles = layout(count, cpus, device)
     group = placement_group(bundles, strategy="PACK")
     try:
         ray.get(group.ready(), timeout=config.cluster.wait_s)
     except GetTimeoutError:
         remove_placement_group(group)
-        lacking = (
-            difference(bundles, ray.available_resources())
-            or "no single node has room for one of the workers"
-        )
+        lacking = difference(bundles, ray.available_resources())
         raise InputError(
-            f"the cluster has no room for this run after {config.cluster.wait_s:.0f} s (cluster.wait_s): {lacking}"
+            f"the cluster has no room for this run after {config.cluster.wait_s:.0f} s "
+            f"(cluster.wait_s): {lacking or 'no single node has room for one of the workers'}"
         ) from None
     try:
-        yield Places(group, config.learner.workers, config.rollout.workers, device)
+        yield Places(group, count, cpus, device)
     finally:
         remove_placement_group(group)
-
-
-def layout(config: Config, device: DeviceKind) -> list[Bundle]:
-    """What each worker reserves: learners first, then rollout workers. On GPUs one each."""
-    gpu: Bundle = {"GPU": 1.0} if device == "cuda" else {}
-    learner = {"CPU": config.learner.cpus, **gpu}
-    rollout = {"CPU": config.rollout.cpus, **gpu}
-    return [learner] * config.learner.workers + [rollout] * config.rollout.workers
 
 
 def difference(bundles: list[Bundle], found: dict[str, float]) -> str:

@@ -31,7 +31,7 @@ class HfEngine:
         self._tokenizer = tokenizer
         self._stops = torch.tensor(sorted(stops), device=device)
         self._device = device
-        self._version = -1
+        self._version = 0  # the model as it was read from disk
 
     def load(self, version: int, weights: NamedTensors) -> None:
         """Replaces every parameter.

@@ -1,0 +1,106 @@
+"""What can be done beside training: a dry run, an evaluation, an export."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from ppo_dist import build
+from ppo_dist.config import ORIGINS, Config, InputError
+from ppo_dist.coordinator.experience import supervised
+from ppo_dist.coordinator.state import read_state
+from ppo_dist.types import Prompt
+
+
+def dry_run(config: Config, console: Console) -> None:
+    """Checks config, data and model folder, and shows one sequence of each kind with what is learned of it.
+
+    Raises:
+        InputError: as training would.
+    """
+    from transformers import AutoTokenizer
+
+    from ppo_dist.run import encode
+
+    rows = build.check(config)
+    build.reward_source(config)
+    with tempfile.TemporaryDirectory() as scratch:
+        here = config.model_copy(update={"run": config.run.model_copy(update={"dir": scratch})})
+        model_path = build.model_folder(here, rows)
+        encoded = encode(config, rows, model_path)
+        tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=config.model.trust_remote_code)
+    table = Table("data", "rows", "of them kept", "longest prompt")
+    for name, before, after in [
+        *((o, rows.prompts[o], encoded.prompts[o]) for o in ORIGINS),
+        ("held_out", rows.held_out, encoded.held_out),
+    ]:
+        if before:
+            table.add_row(name, str(len(before)), str(len(after)), f"{max(len(p.tokens_P) for p in after)} tokens")
+    console.print(table)
+    for origin in ORIGINS:
+        if encoded.prompts[origin]:
+            _show_prompt(console, origin, encoded.prompts[origin][0])
+    if encoded.examples:
+        sequence = supervised(encoded.examples[0])
+        console.print("\n[bold]a labelled example as a training sequence[/] (the supervised loss is on ●)")
+        weights = [0.0] * sequence.prompt_tokens + sequence.ce_weight_R.tolist()
+        marks = Table("token", "text", "loss", show_lines=False)
+        for token, weight in zip(sequence.tokens_T.tolist(), weights, strict=True):
+            marks.add_row(str(token), repr(tokenizer.decode([token])), "●" if weight else "")
+        console.print(marks)
+    console.print("everything is in order; nothing was trained")
+
+
+def _show_prompt(console: Console, origin: str, prompt: Prompt) -> None:
+    console.print(f"\n[bold]a prompt of origin {origin}[/] ({prompt.uid}, {len(prompt.tokens_P)} tokens)")
+    console.print(prompt.text, markup=False, highlight=False)
+    seen = prompt.answer if prompt.answer is not None else "none"
+    console.print(f"answer that the reward compares with: {seen}", markup=False, highlight=False)
+
+
+def evaluate(config: Config, policy: str | None, console: Console) -> None:
+    """Evaluates a policy on the held-out set, greedy and sampled, and prints the metrics as a table and as JSON.
+
+    Raises:
+        InputError: there is no held-out set or no policy.
+    """
+    from ppo_dist.coordinator.evaluate import Evaluator
+    from ppo_dist.run import encode
+
+    if not config.data.held_out:
+        raise InputError("data.held_out is empty: there is nothing to evaluate on")
+    path = policy or str(Path(config.run.dir) / "policy")
+    build.check_model(path)
+    encoded = encode(config, build.check(config), path)
+    with build.cluster(config), build.rollout_pool(config, path) as pool:
+        row, _ = Evaluator(config, encoded.held_out, pool, build.reward_source(config))(version=0)
+    table = Table("held-out set", f"{min(len(encoded.held_out), config.eval.max_prompts)} prompts")
+    for name, value in row.items():
+        table.add_row(name, "–" if value is None else f"{value:.4f}")
+    console.print(table)
+    console.print(json.dumps({"policy": path, **row}), markup=False, highlight=False, soft_wrap=True)
+
+
+def export(checkpoint: Path, out: Path) -> None:
+    """Writes the policy of a checkpoint as a Hugging Face folder.
+
+    Raises:
+        InputError: the checkpoint is not whole, is not part of a run folder, or the folder exists already.
+    """
+    if out.exists():
+        raise InputError(f"{out}: exists already")
+    read_state(checkpoint)
+    folder = checkpoint.resolve().parent.parent
+    if not (folder / "config.yaml").exists():
+        raise InputError(f"{checkpoint}: is not inside a run folder (RUN/checkpoints/step-…)")
+    config = Config.model_validate(yaml.safe_load((folder / "config.yaml").read_text()))
+    rows = build.check(config)
+    model_path = build.model_folder(config, rows)
+    with build.cluster(config), build.learners(config, model_path, checkpoint) as group:
+        group.save(policy=out)
+    print(f"wrote {out}")
