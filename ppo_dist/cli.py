@@ -16,7 +16,15 @@ EXIT_BAD_INPUT = 2
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Returns 0 done, 2 bad config or input, 130 interrupted after a clean checkpoint."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    # argparse takes no more positional arguments after an option; overrides may stand anywhere
+    if any(word.startswith("-") or "=" not in word for word in rest) or (
+        rest and "overrides" not in arguments
+    ):
+        parser.error(f"unrecognised arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides += rest
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         code: int = arguments.run(arguments)

@@ -33,21 +33,30 @@ def dry_run(config: Config, console: Console) -> None:
         here = config.model_copy(update={"run": config.run.model_copy(update={"dir": scratch})})
         model_path = build.model_folder(here, rows)
         encoded = encode(config, rows, model_path)
-        tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=config.model.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            model_path, trust_remote_code=config.model.trust_remote_code
+        )
     table = Table("data", "rows", "of them kept", "longest prompt")
     for name, before, after in [
         *((o, rows.prompts[o], encoded.prompts[o]) for o in ORIGINS),
         ("held_out", rows.held_out, encoded.held_out),
     ]:
         if before:
-            table.add_row(name, str(len(before)), str(len(after)), f"{max(len(p.tokens_P) for p in after)} tokens")
+            table.add_row(
+                name,
+                str(len(before)),
+                str(len(after)),
+                f"{max(len(p.tokens_P) for p in after)} tokens",
+            )
     console.print(table)
     for origin in ORIGINS:
         if encoded.prompts[origin]:
             _show_prompt(console, origin, encoded.prompts[origin][0])
     if encoded.examples:
         sequence = supervised(encoded.examples[0])
-        console.print("\n[bold]a labelled example as a training sequence[/] (the supervised loss is on ●)")
+        console.print(
+            "\n[bold]a labelled example as a training sequence[/] (the supervised loss is on ●)"
+        )
         weights = [0.0] * sequence.prompt_tokens + sequence.ce_weight_R.tolist()
         marks = Table("token", "text", "loss", show_lines=False)
         for token, weight in zip(sequence.tokens_T.tolist(), weights, strict=True):
@@ -57,7 +66,9 @@ def dry_run(config: Config, console: Console) -> None:
 
 
 def _show_prompt(console: Console, origin: str, prompt: Prompt) -> None:
-    console.print(f"\n[bold]a prompt of origin {origin}[/] ({prompt.uid}, {len(prompt.tokens_P)} tokens)")
+    console.print(
+        f"\n[bold]a prompt of origin {origin}[/] ({prompt.uid}, {len(prompt.tokens_P)} tokens)"
+    )
     console.print(prompt.text, markup=False, highlight=False)
     seen = prompt.answer if prompt.answer is not None else "none"
     console.print(f"answer that the reward compares with: {seen}", markup=False, highlight=False)
@@ -83,7 +94,9 @@ def evaluate(config: Config, policy: str | None, console: Console) -> None:
     for name, value in row.items():
         table.add_row(name, "–" if value is None else f"{value:.4f}")
     console.print(table)
-    console.print(json.dumps({"policy": path, **row}), markup=False, highlight=False, soft_wrap=True)
+    console.print(
+        json.dumps({"policy": path, **row}), markup=False, highlight=False, soft_wrap=True
+    )
 
 
 def export(checkpoint: Path, out: Path) -> None:

@@ -5,9 +5,9 @@
 
 Names of arrays end in their dimensions:
 
-    P  tokens of a prompt                 S  tokens of a packed micro-batch
-    R  tokens of a response               K  response positions of a packed micro-batch
-    T  tokens of a sequence, P + R        B  sequences in a padded table
+    P  tokens of a prompt                 S  tokens of a packed row
+    R  tokens of a response               K  response positions of a packed row
+    T  tokens of a sequence, P + R        B, L  sequences in a padded table, its width
 """
 
 from __future__ import annotations
@@ -183,20 +183,35 @@ class TrainSequence:
 
 
 @dataclass(frozen=True, eq=False)
-class MicroBatch:
-    """Sequences packed end to end into one row, without padding.
+class PackedRow:
+    """Sequences in one row without padding; responses to one prompt share its tokens.
 
-    `positions_S` restarts at 0 with each sequence, which is what keeps them from attending to one another.
+    `table_BL` lists, for each sequence, the row indices of its tokens (0 in the padding at its right): this is what
+    attention works on. `home_S` says in which slot of the flat table the output for each row token is found.
     Response position k is predicted by the hidden state at row index `states_K[k]` and has the token `targets_K[k]`.
+    A response's last token predicts nothing, so it is left out unless the state after it is asked for.
 
-    Example, two sequences of 2 + 2 and 1 + 1 tokens:
-        tokens_S=[5, 6, 7, 1, 4, 9]  positions_S=[0, 1, 2, 3, 0, 1]  states_K=[1, 2, 4]  targets_K=[7, 1, 9]
+    Example, the prompt [5, 6] with responses [7, 1] and [8, 9, 1]:
+        tokens_S=[5, 6, 7, 8, 9]  positions_S=[0, 1, 2, 2, 3]  table_BL=[[0, 1, 2, 0], [0, 1, 3, 4]]
+        home_S=[0, 1, 2, 6, 7]  states_K=[1, 2, 1, 3, 4]  targets_K=[7, 1, 8, 9, 1]
     """
 
     tokens_S: Ints
     positions_S: Ints
+    table_BL: Ints
+    home_S: Ints
     states_K: Ints
     targets_K: Ints
+
+
+@dataclass(frozen=True, eq=False)
+class MicroBatch:
+    """What one forward and backward pass works on: a packed row, and for its response positions what the loss needs.
+
+    Example: MicroBatch(row=PackedRow(…), policy_weight_K=[1, 1, 0, 0, 0], …)
+    """
+
+    row: PackedRow
     policy_weight_K: Floats
     value_weight_K: Floats
     ce_weight_K: Floats

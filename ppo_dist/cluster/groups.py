@@ -54,10 +54,7 @@ class RayRanks:
     ) -> None:
         self.world = places.count
         actor = ray.remote(LearnerActor)
-        self._actors = [
-            actor.options(**_place(places, r)).remote()
-            for r in range(self.world)
-        ]
+        self._actors = [actor.options(**_place(places, r)).remote() for r in range(self.world)]
         address, port = ray.get(self._actors[0].meeting_point.remote())
         seats = [Seat(r, self.world, address, port, places.device) for r in range(self.world)]
         self._started = [
@@ -87,9 +84,7 @@ class RayPool:
     ) -> None:
         actor = ray.remote(RolloutWorker)
         self._workers = [
-            actor.options(**_place(places, i)).remote(
-                config, model_path, receiver, places.device
-            )
+            actor.options(**_place(places, i)).remote(config, model_path, receiver, places.device)
             for i in range(places.count)
         ]
         self._waiting: list[tuple[int, Chunk]] = []

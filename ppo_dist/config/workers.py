@@ -109,9 +109,7 @@ WandbMode = Annotated[Literal["auto", "online", "offline", "off"], BeforeValidat
 
 
 class Tracking(Section):
-    wandb: WandbMode = Field(
-        "auto", description="auto: online with a key, else offline"
-    )
+    wandb: WandbMode = Field("auto", description="auto: online with a key, else offline")
     project: str = "ppo_dist"
     samples: int = Field(
         4, ge=0, description="responses a step written to samples.jsonl and the W&B table"

@@ -95,12 +95,17 @@ def updates(
     """The sequences of each update of a step: a part of the rollouts, newly shuffled each epoch, and labelled examples.
 
     There are epochs × minibatches of them, whatever the mix, so that runs with other mixes make as many updates.
+    Responses to one prompt stay in one minibatch: the learner then computes their prompt once.
     """
+    groups: dict[bytes, list[TrainSequence]] = {}
+    for sequence in reinforced:
+        prompt = sequence.tokens_T[: sequence.prompt_tokens].tobytes()
+        groups.setdefault(prompt, []).append(sequence)
+    by_prompt = list(groups.values())
     made = []
     for epoch in range(algorithm.epochs):
-        order = np.random.default_rng([seed, step, epoch]).permutation(len(reinforced))
+        order = np.random.default_rng([seed, step, epoch]).permutation(len(by_prompt))
         for part in np.array_split(order, algorithm.minibatches):
-            made.append(
-                [reinforced[i] for i in part] + [supervised(example) for example in take_labelled()]
-            )
+            rollouts = [sequence for g in part for sequence in by_prompt[g]]
+            made.append(rollouts + [supervised(example) for example in take_labelled()])
     return made

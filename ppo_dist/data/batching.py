@@ -7,14 +7,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ppo_dist.types import Floats, Ints, MicroBatch, TokenCounts, TrainSequence
+from ppo_dist.types import Floats, Ints, MicroBatch, PackedRow, TokenCounts, TrainSequence
 
 
 def cut(lengths: Sequence[int], ranks: int, budget: int) -> list[list[list[int]]]:
-    """Indices of sequences by rank and micro-batch: `cut(...)[rank][micro_batch]`.
+    """Indices of units by rank and micro-batch: `cut(...)[rank][micro_batch]`.
 
     Every rank gets the same number of micro-batches, as collectives demand; some may be empty. None holds more than
-    `budget` tokens, unless one sequence alone is longer. Loads are evened out: longest first, into the emptiest.
+    `budget` tokens, unless one unit alone is longer. Loads are evened out: longest first, into the emptiest.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     total = sum(lengths)
@@ -25,11 +25,11 @@ def cut(lengths: Sequence[int], ranks: int, budget: int) -> list[list[list[int]]
             break
         per_rank += 1
     bins.sort(key=lambda b: -sum(lengths[i] for i in b))
-    shares: list[list[list[int]]] = [[] for _ in range(ranks)]
+    by_rank: list[list[list[int]]] = [[] for _ in range(ranks)]
     for position, members in enumerate(bins):
         turn, place = divmod(position, ranks)
-        shares[place if turn % 2 == 0 else ranks - 1 - place].append(sorted(members))
-    return shares
+        by_rank[place if turn % 2 == 0 else ranks - 1 - place].append(sorted(members))
+    return by_rank
 
 
 def _emptiest_first(order: Sequence[int], lengths: Sequence[int], count: int) -> list[list[int]]:
@@ -42,19 +42,43 @@ def _emptiest_first(order: Sequence[int], lengths: Sequence[int], count: int) ->
     return bins
 
 
+def units(rows: Sequence[tuple[Ints, int]], budget: int) -> tuple[list[list[int]], list[int]]:
+    """(members, lengths): rows with the same prompt together, as far as the budget allows, and their packed lengths.
+
+    A row is (tokens_T, prompt length). The prompt of a unit is computed once for all its responses.
+    """
+    members: list[list[int]] = []
+    lengths: list[int] = []
+    latest: dict[bytes, int] = {}
+    for i, (tokens_T, prompt) in enumerate(rows):
+        key = tokens_T[:prompt].tobytes()
+        response = len(tokens_T) - prompt
+        unit = latest.get(key)
+        if unit is None or lengths[unit] + response > budget:
+            latest[key] = unit = len(members)
+            members.append([])
+            lengths.append(prompt)
+        members[unit].append(i)
+        lengths[unit] += response
+    return members, lengths
+
+
+def shares(rows: Sequence[tuple[Ints, int]], ranks: int, budget: int) -> list[list[list[int]]]:
+    """Indices of rows by rank and micro-batch: `shares(...)[rank][micro_batch]`; see `cut`."""
+    members, lengths = units(rows, budget)
+    return [
+        [[i for unit in micro_batch for i in members[unit]] for micro_batch in share]
+        for share in cut(lengths, ranks, budget)
+    ]
+
+
 def pack(sequences: Sequence[TrainSequence]) -> MicroBatch:
-    """One packed row. Without sequences: a single token of weight 0, so that a rank with nothing still takes part."""
+    """One packed row. Without sequences: a single token of weight 0, so that a rank with nothing takes part too."""
     if not sequences:
-        zero, nothing = np.zeros(1, np.int64), np.zeros(1, np.float32)
-        return MicroBatch(zero, zero, zero, zero, *[nothing] * 7)
-    tokens_S, positions_S, states_K = pack_rows(
-        [(s.tokens_T, s.prompt_tokens) for s in sequences], end=False
-    )
+        nothing = np.zeros(1, np.float32)
+        return MicroBatch(pack_rows([(np.zeros(2, np.int64), 1)], end=False), *[nothing] * 7)
     return MicroBatch(
-        tokens_S=tokens_S,
-        positions_S=positions_S,
-        states_K=states_K,
-        targets_K=tokens_S[states_K + 1],
+        row=pack_rows([(s.tokens_T, s.prompt_tokens) for s in sequences], end=False),
         policy_weight_K=_joined([s.policy_weight_R for s in sequences]),
         value_weight_K=_joined([s.value_weight_R for s in sequences]),
         ce_weight_K=_joined([s.ce_weight_R for s in sequences]),
@@ -65,20 +89,52 @@ def pack(sequences: Sequence[TrainSequence]) -> MicroBatch:
     )
 
 
-def pack_rows(rows: Sequence[tuple[Ints, int]], end: bool) -> tuple[Ints, Ints, Ints]:
-    """(tokens_S, positions_S, states_K) of (tokens_T, prompt length) pairs.
+def pack_rows(rows: Sequence[tuple[Ints, int]], end: bool) -> PackedRow:
+    """The packed row of (tokens_T, prompt length) pairs.
 
-    The states are those that predict the response's tokens; with `end`, also the one after its last token.
+    With `end` each response has one state more, that after its last token, with a target that means nothing.
     """
-    tokens_S = np.concatenate([tokens_T for tokens_T, _ in rows])
-    positions_S = np.concatenate([np.arange(len(tokens_T)) for tokens_T, _ in rows])
-    starts = np.cumsum([0] + [len(tokens_T) for tokens_T, _ in rows[:-1]])
-    last = 0 if end else 1
-    states = [
-        start + np.arange(prompt - 1, len(tokens_T) - last)
-        for start, (tokens_T, prompt) in zip(starts, rows, strict=True)
-    ]
-    return tokens_S, positions_S, np.concatenate(states)
+    tokens: list[Ints] = []
+    positions: list[Ints] = []
+    indices: list[Ints] = []  # row indices of each sequence's tokens
+    owned: list[int] = []  # how many tokens at a sequence's beginning belong to an earlier one
+    states: list[Ints] = []
+    targets: list[Ints] = []
+    prompts: dict[bytes, Ints] = {}
+    used = 0
+    for tokens_T, prompt in rows:
+        key = tokens_T[:prompt].tobytes()
+        shared = prompts.get(key)
+        if shared is None:
+            prompts[key] = at_prompt = np.arange(used, used + prompt)
+            tokens.append(tokens_T[:prompt])
+            positions.append(np.arange(prompt))
+            used += prompt
+        else:
+            at_prompt = shared
+        seen = len(tokens_T) - (0 if end else 1)
+        at_response = np.arange(used, used + seen - prompt)
+        used += seen - prompt
+        tokens.append(tokens_T[prompt:seen])
+        positions.append(np.arange(prompt, seen))
+        indices.append(np.concatenate([at_prompt, at_response]))
+        owned.append(0 if shared is None else prompt)
+        states.append(indices[-1][prompt - 1 :])
+        targets.append(np.append(tokens_T[prompt:], 0) if end else tokens_T[prompt:])
+    width = max(map(len, indices))
+    table_BL = np.zeros((len(rows), width), np.int64)
+    home_S = np.zeros(used, np.int64)
+    for b, (at, first) in enumerate(zip(indices, owned, strict=True)):
+        table_BL[b, : len(at)] = at
+        home_S[at[first:]] = b * width + np.arange(first, len(at))
+    return PackedRow(
+        tokens_S=np.concatenate(tokens),
+        positions_S=np.concatenate(positions),
+        table_BL=table_BL,
+        home_S=home_S,
+        states_K=np.concatenate(states),
+        targets_K=np.concatenate(targets),
+    )
 
 
 def _joined(parts: Sequence[Floats]) -> Floats:

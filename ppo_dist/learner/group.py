@@ -9,7 +9,7 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import numpy as np
 
-from ppo_dist.data.batching import count_tokens, cut, pack
+from ppo_dist.data.batching import count_tokens, pack, shares
 from ppo_dist.learner.worker import LearnerWorker, UpdateShard
 from ppo_dist.types import (
     Annotation,
@@ -64,13 +64,13 @@ class Learners:
     def annotate(self, scored: Sequence[Scored]) -> list[Annotation]:
         """See LearnerGroup."""
         rows = [_row(s) for s in scored]
-        shares = cut([len(tokens_T) for tokens_T, _ in rows], self._ranks.world, self._budget)
-        work = [([[rows[i] for i in members] for members in share],) for share in shares]
+        parts = shares(rows, self._ranks.world, self._budget)
+        work = [([[rows[i] for i in members] for members in part],) for part in parts]
         answers = self._ranks.call(LearnerWorker.annotate, work)
         by_index: dict[int, Annotation] = {}
-        for share, answer in zip(shares, answers, strict=True):
-            for members, annotations in zip(share, answer, strict=True):
-                by_index.update(zip(members, annotations, strict=True))
+        for part, answer in zip(parts, answers, strict=True):
+            for members, found in zip(part, answer, strict=True):
+                by_index.update(zip(members, found, strict=True))
         return [by_index[i] for i in range(len(rows))]
 
     def update(
@@ -107,10 +107,9 @@ class Learners:
         return [UpdateShard(policy[r], critic[r], counts) for r in range(self._ranks.world)]
 
     def _packed(self, sequences: Sequence[TrainSequence]) -> list[tuple[MicroBatch, ...]]:
-        shares = cut([len(s.tokens_T) for s in sequences], self._ranks.world, self._budget)
-        return [
-            tuple(pack([sequences[i] for i in members]) for members in share) for share in shares
-        ]
+        rows = [(s.tokens_T, s.prompt_tokens) for s in sequences]
+        parts = shares(rows, self._ranks.world, self._budget)
+        return [tuple(pack([sequences[i] for i in members]) for members in part) for part in parts]
 
 
 def _row(scored: Scored) -> tuple[Ints, int]:

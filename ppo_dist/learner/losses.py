@@ -12,10 +12,12 @@ from ppo_dist.types import Coefficients, MicroBatch, TermSums, TokenCounts
 
 @dataclass(frozen=True)
 class Tensors:
-    """A micro-batch on the device; names as in MicroBatch."""
+    """A micro-batch on the device; names as in PackedRow and MicroBatch."""
 
     tokens_S: torch.Tensor
     positions_S: torch.Tensor
+    table_BL: torch.Tensor
+    home_S: torch.Tensor
     states_K: torch.Tensor
     targets_K: torch.Tensor
     policy_weight_K: torch.Tensor
@@ -29,9 +31,14 @@ class Tensors:
     @classmethod
     def of(cls, batch: MicroBatch, device: torch.device) -> Tensors:
         """The same arrays as tensors on the device."""
-        return cls(
-            **{name: torch.as_tensor(array).to(device) for name, array in vars(batch).items()}
-        )
+        weights = {name: array for name, array in vars(batch).items() if name != "row"}
+        arrays = {**vars(batch.row), **weights}
+        return cls(**{name: torch.as_tensor(array).to(device) for name, array in arrays.items()})
+
+    @property
+    def row(self) -> tuple[torch.Tensor, ...]:
+        """The first arguments of both models' forward pass."""
+        return self.tokens_S, self.positions_S, self.table_BL, self.home_S, self.states_K
 
 
 def policy_loss(

@@ -187,18 +187,14 @@ class LearnerWorker:
 
     def _annotate(self, rows: list[tuple[Ints, int]]) -> list[Annotation]:
         assert self._critic is not None and self._reference is not None, "annotate() starts both"
-        live = rows or [(np.zeros(2, np.int64), 1)]
-        tokens_S, positions_S, states_K = (
-            torch.as_tensor(a).to(self._device) for a in pack_rows(live, end=True)
+        row = pack_rows(rows or [(np.zeros(2, np.int64), 1)], end=True)
+        *where, targets_K = (torch.as_tensor(a).to(self._device) for a in vars(row).values())
+        temperature_K = torch.full(
+            targets_K.shape, self._config.rollout.temperature, device=self._device
         )
-        targets_K = tokens_S[(states_K + 1).clamp(max=len(tokens_S) - 1)]
-        temperature_K = torch.full_like(
-            states_K, self._config.rollout.temperature, dtype=torch.float32
-        )
-        args = (tokens_S, positions_S, states_K, targets_K, temperature_K)
-        logprobs_K = self._policy(*args)[0].cpu().numpy()
-        reference_K = self._reference(*args)[0].cpu().numpy()
-        values_K = self._critic(tokens_S, positions_S, states_K).cpu().numpy()
+        logprobs_K = self._policy(*where, targets_K, temperature_K)[0].cpu().numpy()
+        reference_K = self._reference(*where, targets_K, temperature_K)[0].cpu().numpy()
+        values_K = self._critic(*where).cpu().numpy()
         annotations, begin = [], 0
         for tokens_T, prompt in rows:
             end = begin + len(tokens_T) - prompt
@@ -237,9 +233,7 @@ class LearnerWorker:
         batch = Tensors.of(micro_batch, self._device)
         # the policy that acts is softmax(logits / temperature); imitation is of softmax(logits)
         temperature_K = torch.where(batch.ce_weight_K != 0, 1.0, self._config.rollout.temperature)
-        passed = self._policy(
-            batch.tokens_S, batch.positions_S, batch.states_K, batch.targets_K, temperature_K
-        )
+        passed = self._policy(*batch.row, batch.targets_K, temperature_K)
         loss, sums = policy_loss(batch, *passed, counts, coefficients, self._config.algorithm.clip)
         self._policy.backward(loss)
         return sums
@@ -248,7 +242,7 @@ class LearnerWorker:
         self, micro_batch: MicroBatch, counts: TokenCounts, coefficients: Coefficients
     ) -> TermSums:
         batch = Tensors.of(micro_batch, self._device)
-        values_K = self._critic_engine(batch.tokens_S, batch.positions_S, batch.states_K)
+        values_K = self._critic_engine(*batch.row)
         loss, sums = value_loss(
             batch, values_K, counts, coefficients, self._config.algorithm.value_clip
         )
