@@ -137,6 +137,11 @@ def encode(config: Config, rows: build.Rows, model_path: str) -> Encoded:
     return encoded
 
 
+def is_started(folder: Path) -> bool:
+    """Whether a folder holds a run, complete or not."""
+    return (folder / "config.yaml").exists()
+
+
 def _complete(folder: Path, config: Config) -> bool:
     summary = folder / SUMMARY
     return summary.exists() and json.loads(summary.read_text())["steps"] >= config.train.steps
@@ -147,7 +152,7 @@ def _starting_point(
 ) -> tuple[Path | None, RunState, dict[str, Any]]:
     """The checkpoint to go on from, if any, and what it says."""
     if not resume:
-        if (folder / "config.yaml").exists():
+        if is_started(folder):
             raise InputError(
                 f"{folder} holds a run that is not complete: add --resume to go on, or choose another run.dir"
             )
@@ -160,7 +165,7 @@ def _starting_point(
             console.print(f"skipped a checkpoint: {problem}")
         if chosen is None and problems:
             raise InputError(f"{folder}: no checkpoint is whole")
-    if (folder / "config.yaml").exists():
+    if is_started(folder):
         _compare(yaml.safe_load((folder / "config.yaml").read_text()), config)
     if chosen is None:
         console.print("no checkpoint yet: starting at step 0")

