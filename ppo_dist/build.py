@@ -1,6 +1,7 @@
 """The composition root: a config becomes parts. The only place that chooses by `kind`.
 
-`check` reads and judges everything that can be wrong without loading a model; `assembled` starts the rest.
+`check` reads and judges everything that can be wrong without loading a model; `assembled` starts
+the rest.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from ppo_dist.config import ORIGINS, Config, InputError, Origin, sees_answer
 from ppo_dist.config.algorithm import Gae as GaeSection
@@ -101,7 +102,7 @@ def _on_hub(name: str) -> bool:
         return False
 
 
-# ── rewards and other pure parts ─────────────────────────────────────────────────────────────────────────────────
+# ── rewards and other pure parts ──────────────────────────────────────────────────────────────────
 
 
 def reward_source(config: Config) -> RewardSource:
@@ -118,7 +119,7 @@ def reward_source(config: Config) -> RewardSource:
     )
 
 
-def _reward(section: AnyReward, on_error: str) -> RewardSource:
+def _reward(section: AnyReward, on_error: Literal["error", "zero"]) -> RewardSource:
     from ppo_dist.rewards.gym import gym
     from ppo_dist.rewards.rules import Judged, WeightedSum, exact, numeric, regex
 
@@ -145,7 +146,7 @@ def advantage_estimator(section: GaeSection) -> AdvantageEstimator:
     return Gae(section.gamma, section.lam)
 
 
-# ── models and workers ───────────────────────────────────────────────────────────────────────────────────────────
+# ── models and workers ────────────────────────────────────────────────────────────────────────────
 
 
 def model_folder(config: Config, rows: Rows) -> str:

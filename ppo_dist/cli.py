@@ -15,7 +15,9 @@ EXIT_BAD_INPUT = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command. Returns 0 done, 2 bad config or input, 130 interrupted after a clean checkpoint."""
+    """Runs one command. Returns 0 done, 2 bad config or input, 130 interrupted after a clean
+    checkpoint.
+    """
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     # argparse takes no more positional arguments after an option; overrides may stand anywhere

@@ -17,7 +17,8 @@ def available() -> DeviceKind:
 
 
 def prepare(kind: DeviceKind, threads: int) -> torch.device:
-    """The device of this worker, with its thread count set. Call it before any other work in the process.
+    """The device of this worker, with its thread count set. Call it before any other work in the
+    process.
 
     On a GPU every worker sees its own device alone (CUDA_VISIBLE_DEVICES), so it is number 0.
     """
@@ -36,7 +37,8 @@ def backend(kind: DeviceKind) -> str:
 def attention_dtype(tensor: torch.Tensor) -> torch.dtype:
     """The number format in which attention runs fastest.
 
-    torch's CPU kernel takes 2 to 4 times as long backward in bf16 as in fp32 (torch 2.13, 48 sequences of 51 tokens).
+    torch's CPU kernel takes 2 to 4 times as long backward in bf16 as in fp32 (torch 2.13, 48
+    sequences of 51 tokens).
     """
     return torch.float32 if tensor.device.type == "cpu" else tensor.dtype
 

@@ -16,7 +16,8 @@ CONTEXT = 8192
 
 
 def fetch(name: str, out: Path) -> None:
-    """Writes SmolLM2-135M-Instruct as a Hugging Face folder in bfloat16, out of the GGUF file that a package carries.
+    """Writes SmolLM2-135M-Instruct as a Hugging Face folder in bfloat16, out of the GGUF file that
+    a package carries.
 
     Raises:
         InputError: the folder exists already, or the package cannot be had.
@@ -64,7 +65,7 @@ def _convert(gguf: Path, out: Path) -> None:
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     tokenizer = AutoTokenizer.from_pretrained(**source)
     lm = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32).to(torch.bfloat16)
-    # the weights are plain numbers by now; these marks of the source format would forbid saving them
+    # the weights are plain numbers by now; these marks of their source would forbid saving them
     del lm.config.quantization_config
     for mark in ("hf_quantizer", "is_quantized", "quantization_method"):
         lm.__dict__.pop(mark, None)

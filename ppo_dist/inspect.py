@@ -18,7 +18,8 @@ from ppo_dist.types import Prompt
 
 
 def dry_run(config: Config, console: Console) -> None:
-    """Checks config, data and model folder, and shows one sequence of each kind with what is learned of it.
+    """Checks config, data and model folder, and shows one sequence of each kind with what is
+    learned of it.
 
     Raises:
         InputError: as training would.
@@ -75,7 +76,8 @@ def _show_prompt(console: Console, origin: str, prompt: Prompt) -> None:
 
 
 def evaluate(config: Config, policy: str | None, console: Console) -> None:
-    """Evaluates a policy on the held-out set, greedy and sampled, and prints the metrics as a table and as JSON.
+    """Evaluates a policy on the held-out set, greedy and sampled, and prints the metrics as a table
+    and as JSON.
 
     Raises:
         InputError: there is no held-out set or no policy.
@@ -103,7 +105,7 @@ def export(checkpoint: Path, out: Path) -> None:
     """Writes the policy of a checkpoint as a Hugging Face folder.
 
     Raises:
-        InputError: the checkpoint is not whole, is not part of a run folder, or the folder exists already.
+        InputError: the checkpoint is not whole or not part of a run, or the folder exists already.
     """
     if out.exists():
         raise InputError(f"{out}: exists already")

@@ -1,4 +1,6 @@
-"""The seams of the system: what a user can replace. Each has at most four methods and lives apart from its parts."""
+"""The seams of the system: what a user can replace. Each has at most four methods and lives apart
+from its parts.
+"""
 
 from __future__ import annotations
 
@@ -103,7 +105,8 @@ class LearnerGroup(Protocol):
     def annotate(self, scored: Sequence[Scored]) -> list[Annotation]:
         """What policy, reference and critic say of each sequence.
 
-        The first call fixes the reference (the policy as it is then, where it is to be reset) and starts the critic.
+        The first call fixes the reference (the policy as it is then, where it is to be reset) and
+        starts the critic.
         """
 
     def update(
@@ -115,7 +118,9 @@ class LearnerGroup(Protocol):
         """Sends the policy's weights out under a version number."""
 
     def save(self, checkpoint: Path | None = None, policy: Path | None = None) -> None:
-        """Writes a checkpoint (all that training depends on), or the policy as a Hugging Face folder."""
+        """Writes a checkpoint (all that training depends on), or the policy as a Hugging Face
+        folder.
+        """
 
 
 class RolloutPool(Protocol):

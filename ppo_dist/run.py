@@ -45,7 +45,8 @@ FIXED = (
 class Encoded:
     """The data of a run as tokens.
 
-    Example: Encoded(prompts={"verifiable": [Prompt(…)]}, examples=[LabelledExample(…)], held_out=[Prompt(…)], counts={})
+    Example: Encoded(prompts={"verifiable": [Prompt(…)]}, examples=[LabelledExample(…)],
+    held_out=[Prompt(…)], counts={})
     """
 
     prompts: dict[Any, list[Prompt]]
@@ -63,7 +64,8 @@ def train(config: Config, resume: bool | Path, console: Console) -> int:
     folder = Path(config.run.dir)
     if _complete(folder, config):
         console.print(
-            f"{folder} is complete: {config.train.steps} steps. Raise train.steps with --resume to go on."
+            f"{folder} is complete: {config.train.steps} steps. "
+            "Raise train.steps with --resume to go on."
         )
         return 0
     rows = build.check(config)
@@ -132,7 +134,8 @@ def encode(config: Config, rows: build.Rows, model_path: str) -> Encoded:
     ):
         if before and not after:
             raise InputError(
-                f"data.{name}: no prompt has at most {config.data.max_prompt_tokens} tokens (data.max_prompt_tokens)"
+                f"data.{name}: no prompt has at most {config.data.max_prompt_tokens} tokens "
+                "(data.max_prompt_tokens)"
             )
     return encoded
 
@@ -154,7 +157,8 @@ def _starting_point(
     if not resume:
         if is_started(folder):
             raise InputError(
-                f"{folder} holds a run that is not complete: add --resume to go on, or choose another run.dir"
+                f"{folder} holds a run that is not complete: add --resume to go on, "
+                "or choose another run.dir"
             )
         return None, RunState(), {}
     if isinstance(resume, Path):
@@ -183,7 +187,8 @@ def _compare(before: dict[str, Any], config: Config) -> None:
             old, new = old.get(part, {}), new[part]
         if old != new:
             raise InputError(
-                f"{key} differs from the run's own (config.yaml in the run folder), so it cannot be resumed with it"
+                f"{key} differs from the run's own (config.yaml in the run folder), "
+                "so it cannot be resumed with it"
             )
 
 
@@ -220,7 +225,7 @@ def _finish(folder: Path, state: RunState) -> None:
 
 @contextlib.contextmanager
 def _interrupts() -> Iterator[Any]:
-    """A function that tells whether SIGINT or SIGTERM came; a second one ends the process at once."""
+    """A function that tells whether SIGINT or SIGTERM came; a second one ends the process."""
     came = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield came.is_set

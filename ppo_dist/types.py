@@ -31,7 +31,8 @@ FinishReason = Literal["eos", "length"]
 class Checker:
     """What a verifier needs to judge a response to one question.
 
-    Example: Checker(task="spell_backward", options={"max_word_len": 5}, entry={"question": …, "answer": "olleh", …})
+    Example: Checker(task="spell_backward", options={"max_word_len": 5}, entry={"question": …,
+    "answer": "olleh", …})
     """
 
     task: str
@@ -41,9 +42,11 @@ class Checker:
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """A question as the model sees it. `answer` and `checker` are None for unlabelled prompts, whatever their file says.
+    """A question as the model sees it. `answer` and `checker` are None for unlabelled prompts,
+    whatever their file says.
 
-    Example: Prompt(uid="verifiable/0:17", origin="verifiable", text="hello>", tokens_P=[8, 5, 12, 12, 15, 3], answer="olleh")
+    Example: Prompt(uid="verifiable/0:17", origin="verifiable", text="hello>", tokens_P=[8, 5, 12,
+    12, 15, 3], answer="olleh")
     """
 
     uid: str
@@ -68,7 +71,8 @@ class LabelledExample:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How responses are drawn. Temperature 0 is greedy. `stream` keeps the random numbers of training and evaluation apart.
+    """How responses are drawn. Temperature 0 is greedy. `stream` keeps the random numbers of
+    training and evaluation apart.
 
     Example: Sampling(temperature=1.0, max_new_tokens=8, seed=0, stream="train")
     """
@@ -81,7 +85,8 @@ class Sampling:
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """One prompt of a chunk and the indices of its responses there; a prompt may continue in the next chunk.
+    """One prompt of a chunk and the indices of its responses there; a prompt may continue in the
+    next chunk.
 
     Example: Request(prompt=Prompt(…), indices=(0, 1, 2, 3))
     """
@@ -92,7 +97,8 @@ class Request:
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """Sequences that are generated together. What is in it follows from (step, index) alone, so its numbers do too.
+    """Sequences that are generated together. What is in it follows from (step, index) alone, so its
+    numbers do too.
 
     Example: Chunk(step=12, index=3, version=12, requests=(Request(…), …), sampling=Sampling(…))
     """
@@ -106,10 +112,11 @@ class Chunk:
 
 @dataclass(frozen=True, eq=False)
 class Rollout:
-    """A response that the policy of `version` wrote; `logprobs_R` are the behaviour log-probabilities of its tokens.
+    """A response that the policy of `version` wrote; `logprobs_R` are the behaviour
+    log-probabilities of its tokens.
 
-    Example: Rollout(prompt=Prompt(…), index=0, tokens_R=[15, 12, 1], logprobs_R=[-.1, -.7, -.01], text="ol",
-                     finish="eos", version=12)
+    Example: Rollout(prompt=Prompt(…), index=0, tokens_R=[15, 12, 1], logprobs_R=[-.1, -.7, -.01],
+        text="ol", finish="eos", version=12)
     """
 
     prompt: Prompt
@@ -146,11 +153,14 @@ class Scored:
 
 @dataclass(frozen=True, eq=False)
 class Annotation:
-    """What the learner's models say of one sequence: one number per response token, before any update of the step.
+    """What the learner's models say of one sequence: one number per response token, before any
+    update of the step.
 
-    `values_R[i]` is the critic's value of the state before token i; `value_end` that of the state after the last one.
+    `values_R[i]` is the critic's value of the state before token i; `value_end` that of the state
+    after the last one.
 
-    Example: Annotation(logprobs_R=[-.1, -.7, -.01], reference_R=[-.1, -.6, -.02], values_R=[.4, .5, .9], value_end=.1)
+    Example: Annotation(logprobs_R=[-.1, -.7, -.01], reference_R=[-.1, -.6, -.02], values_R=[.4, .5,
+    .9], value_end=.1)
     """
 
     logprobs_R: Floats
@@ -161,13 +171,14 @@ class Annotation:
 
 @dataclass(frozen=True, eq=False)
 class TrainSequence:
-    """One sequence and, per response token, the weight of each loss term. Trainer and batcher know no other kind.
+    """One sequence and, per response token, the weight of each loss term. Trainer and batcher know
+    no other kind.
 
     A rollout has policy and value weights of 1 and no ce weight; a labelled example the reverse.
 
-    Example: TrainSequence(uid="labelled/0:3", tokens_T=[8, 5, 3, 5, 8, 1], prompt_tokens=3, policy_weight_R=[0, 0, 0],
-                           value_weight_R=[0, 0, 0], ce_weight_R=[1, 1, 1], advantages_R=…, returns_R=…,
-                           logprobs_R=…, values_R=…)
+    Example: TrainSequence(uid="labelled/0:3", tokens_T=[8, 5, 3, 5, 8, 1], prompt_tokens=3,
+        policy_weight_R=[0, 0, 0], value_weight_R=[0, 0, 0], ce_weight_R=[1, 1, 1], advantages_R=…,
+        returns_R=…, logprobs_R=…, values_R=…)
     """
 
     uid: str
@@ -186,10 +197,11 @@ class TrainSequence:
 class PackedRow:
     """Sequences in one row without padding; responses to one prompt share its tokens.
 
-    `table_BL` lists, for each sequence, the row indices of its tokens (0 in the padding at its right): this is what
-    attention works on. `home_S` says in which slot of the flat table the output for each row token is found.
-    Response position k is predicted by the hidden state at row index `states_K[k]` and has the token `targets_K[k]`.
-    A response's last token predicts nothing, so it is left out unless the state after it is asked for.
+    `table_BL` lists, for each sequence, the row indices of its tokens (0 in the padding at its
+    right): this is what attention works on. `home_S` says in which slot of the flat table the
+    output for each row token is found. Response position k is predicted by the hidden state at row
+    index `states_K[k]` and has the token `targets_K[k]`. A response's last token predicts nothing,
+    so it is left out unless the state after it is asked for.
 
     Example, the prompt [5, 6] with responses [7, 1] and [8, 9, 1]:
         tokens_S=[5, 6, 7, 8, 9]  positions_S=[0, 1, 2, 2, 3]  table_BL=[[0, 1, 2, 0], [0, 1, 3, 4]]
@@ -206,7 +218,8 @@ class PackedRow:
 
 @dataclass(frozen=True, eq=False)
 class MicroBatch:
-    """What one forward and backward pass works on: a packed row, and for its response positions what the loss needs.
+    """What one forward and backward pass works on: a packed row, and for its response positions
+    what the loss needs.
 
     Example: MicroBatch(row=PackedRow(…), policy_weight_K=[1, 1, 0, 0, 0], …)
     """
@@ -249,9 +262,11 @@ class Coefficients:
 
 @dataclass(frozen=True)
 class MixPlan:
-    """What one step is made of: prompts by origin, supervised examples an update, weights of the loss terms.
+    """What one step is made of: prompts by origin, supervised examples an update, weights of the
+    loss terms.
 
-    Example: MixPlan(prompts={"labelled": 8, "verifiable": 24, "unlabelled": 0}, labelled=16, mu=0.1, policy_coef=1.0)
+    Example: MixPlan(prompts={"labelled": 8, "verifiable": 24, "unlabelled": 0}, labelled=16,
+    mu=0.1, policy_coef=1.0)
     """
 
     prompts: Mapping[Origin, int]
@@ -267,9 +282,11 @@ class MixPlan:
 
 @dataclass(frozen=True)
 class TermSums:
-    """Sums over the live tokens of one update on one rank, to be added over ranks before any division.
+    """Sums over the live tokens of one update on one rank, to be added over ranks before any
+    division.
 
-    Example: TermSums(policy_loss=-3.1, clipped=4, kl=.02, entropy=71., value_loss=12., value_clipped=1, ce_loss=55., ce_correct=80)
+    Example: TermSums(policy_loss=-3.1, clipped=4, kl=.02, entropy=71., value_loss=12.,
+    value_clipped=1, ce_loss=55., ce_correct=80)
     """
 
     policy_loss: float = 0.0
@@ -291,7 +308,8 @@ class TermSums:
 class UpdateReport:
     """One optimizer step as a rank saw it; the gradient norms are global and before clipping.
 
-    Example: UpdateReport(counts=TokenCounts(310, 310, 96), sums=TermSums(…), grad_norm=.8, critic_grad_norm=2.1)
+    Example: UpdateReport(counts=TokenCounts(310, 310, 96), sums=TermSums(…), grad_norm=.8,
+    critic_grad_norm=2.1)
     """
 
     counts: TokenCounts
@@ -312,7 +330,8 @@ class StepReport:
 
 @dataclass(frozen=True)
 class Weights:
-    """Where a policy version can be fetched, by whoever has the matching receiver; `parts` are opaque handles.
+    """Where a policy version can be fetched, by whoever has the matching receiver; `parts` are
+    opaque handles.
 
     Example: Weights(version=12, parts=(ObjectRef(…),))
     """

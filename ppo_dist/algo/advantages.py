@@ -28,7 +28,9 @@ class Gae:
         mask_BR: torch.Tensor,
         value_end_B: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(advantages_BR, returns_BR), zero where the mask is 0; what stands there in the inputs has no effect."""
+        """(advantages_BR, returns_BR), zero where the mask is 0; what stands there in the inputs
+        has no effect.
+        """
         advantages_BR = torch.zeros_like(values_BR)
         next_value_B = value_end_B.to(values_BR.dtype)
         next_advantage_B = torch.zeros_like(next_value_B)

@@ -8,7 +8,8 @@ import torch
 def k1(logprobs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """log π − log π_ref of the sampled tokens: the unbiased one-sample estimate of KL(π‖π_ref).
 
-    Source: Schulman 2020, "Approximating KL Divergence", estimator k1. It may be negative for one token.
+    Source: Schulman 2020, "Approximating KL Divergence", estimator k1. It may be negative for one
+    token.
     """
     return logprobs - reference
 
@@ -18,8 +19,8 @@ def penalised_rewards(
 ) -> torch.Tensor:
     """Per-token rewards r_t = −β·KL_t, plus the score of the sequence at its last masked-in token.
 
-    Source: Ziegler et al. 2019, arXiv:1909.08593, eq. 2, spread over tokens as in Ouyang et al. 2022,
-    arXiv:2203.02155. A row without any masked-in token gets none.
+    Source: Ziegler et al. 2019, arXiv:1909.08593, eq. 2, spread over tokens as in Ouyang et al.
+    2022, arXiv:2203.02155. A row without any masked-in token gets none.
     """
     mask = mask_BR.to(kl_BR.dtype)
     is_last_BR = mask_BR & (mask.flip(1).cumsum(1).flip(1) == 1)

@@ -1,4 +1,6 @@
-"""The loss terms, per token. Sums and the division by global counts happen in one place: learner/losses.py."""
+"""The loss terms, per token. Sums and the division by global counts happen in one place:
+learner/losses.py.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +9,13 @@ from typing import NamedTuple
 import torch
 
 MAX_LOG_RATIO = 20.0
-"""Log-ratios are clamped to ± this before exp, so that one wild token cannot make an infinite loss."""
+"""Log-ratios are clamped to ± this before exp: one wild token cannot make an infinite loss."""
 
 
 class PolicyTerm(NamedTuple):
-    """Per token: the loss, 1 where the clipped branch is the larger loss, and the k3 estimate of KL(π_old‖π)."""
+    """Per token: the loss, 1 where the clipped branch is the larger loss, and the k3 estimate of
+    KL(π_old‖π).
+    """
 
     loss: torch.Tensor
     clipped: torch.Tensor
@@ -30,7 +34,8 @@ def policy_term(
 ) -> PolicyTerm:
     """−min(r·A, clip(r, 1−ε, 1+ε)·A) with r = exp(log π − log π_old).
 
-    Source: Schulman et al. 2017, arXiv:1707.06347, eq. 7. KL: Schulman 2020, estimator k3, exp(d) − 1 − d.
+    Source: Schulman et al. 2017, arXiv:1707.06347, eq. 7. KL: Schulman 2020, estimator k3, exp(d) −
+    1 − d.
     """
     log_ratio = (logprobs - old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     ratio = log_ratio.exp()
@@ -46,8 +51,8 @@ def value_term(
 ) -> ValueTerm:
     """½·max((V − G)², (V_old + clip(V − V_old, ±ε) − G)²).
 
-    Source: the clipped value loss of OpenAI baselines' ppo2, as described in Huang et al. 2022, "The 37
-    Implementation Details of Proximal Policy Optimization", detail 9.
+    Source: the clipped value loss of OpenAI baselines' ppo2, as described in Huang et al. 2022,
+    "The 37 Implementation Details of Proximal Policy Optimization", detail 9.
     """
     plain = (values - returns) ** 2
     clipped = (old_values + (values - old_values).clamp(-clip, clip) - returns) ** 2

@@ -11,7 +11,7 @@ from ppo_dist.types import Floats
 
 
 def pad(rows: Sequence[Floats]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(values_BR, mask_BR) in float64: rows of unequal length, filled up with zeros on the right."""
+    """(values_BR, mask_BR) in float64: rows of unequal length with zeros at their right."""
     width = max((len(row) for row in rows), default=0)
     values_BR = torch.zeros(len(rows), width, dtype=torch.float64)
     mask_BR = torch.zeros(len(rows), width, dtype=torch.bool)
@@ -22,9 +22,11 @@ def pad(rows: Sequence[Floats]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def whiten(values: torch.Tensor, mask: torch.Tensor, min_variance: float = 1e-12) -> torch.Tensor:
-    """Mean 0 and (unbiased) variance 1 over all masked-in values; unchanged where there is nothing to normalise.
+    """Mean 0 and (unbiased) variance 1 over all masked-in values; unchanged where there is nothing
+    to normalise.
 
-    Call it once on everything that a step learns from. Per rank or per micro-batch it gives other signs.
+    Call it once on everything that a step learns from. Per rank or per micro-batch it gives other
+    signs.
     """
     live = values[mask]
     if live.numel() < 2:

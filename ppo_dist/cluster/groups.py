@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -17,12 +17,13 @@ from ppo_dist.protocols import WeightReceiver, WeightSender
 from ppo_dist.rollout.worker import RolloutWorker
 from ppo_dist.types import Chunk, Rollout, Weights
 
-P = ParamSpec("P")
 R = TypeVar("R")
 
 
 class LearnerActor(LearnerWorker):
-    """A LearnerWorker that is first asked where it stands, and then started: rank 0's address is needed by all."""
+    """A LearnerWorker that is first asked where it stands, and then started: rank 0's address is
+    needed by all.
+    """
 
     def __init__(self) -> None:
         """Does nothing yet; `start` does what LearnerWorker's constructor does."""
@@ -62,14 +63,11 @@ class RayRanks:
             for worker, seat in zip(self._actors, seats, strict=True)
         ]
 
-    def ready(self) -> None:
-        """Waits until all have loaded their models."""
-        ray.get(self._started)
-
-    def call(
-        self, method: Callable[Concatenate[LearnerWorker, P], R], args: Sequence[tuple[Any, ...]]
-    ) -> list[R]:
+    def call(self, method: Callable[..., R], args: Sequence[tuple[Any, ...]]) -> list[R]:
         """See Ranks."""
+        ray.get(
+            self._started
+        )  # a worker that could not start says so here, and not in what it is asked next
         answers = [
             _bound(a, method).remote(*rest) for a, rest in zip(self._actors, args, strict=True)
         ]
@@ -112,7 +110,9 @@ class RayPool:
         return [rollout for number in sorted(done) for rollout in done[number]]
 
     def load(self, weights: Weights) -> None:
-        """See RolloutPool. An actor does what it is told in order, so what is submitted later finds the new weights."""
+        """See RolloutPool. An actor does what it is told in order, so what is submitted later finds
+        the new weights.
+        """
         ray.get([worker.load.remote(weights) for worker in self._workers])
 
     def _dispatch(self) -> None:

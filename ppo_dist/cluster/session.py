@@ -1,4 +1,6 @@
-"""The Ray session of a run: starts or joins a cluster, and reserves the places of all workers in it."""
+"""The Ray session of a run: starts or joins a cluster, and reserves the places of all workers in
+it.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ class Places:
 
 @contextlib.contextmanager
 def session(config: Config) -> Iterator[None]:
-    """A Ray connection. A Ray that is already connected in this process is used as it is and left running."""
+    """A Ray connection. A Ray that is already connected in this process is used as it is and left
+    running.
+    """
     if ray.is_initialized():
         yield
         return
@@ -59,7 +63,9 @@ def session(config: Config) -> Iterator[None]:
 
 
 def device_kind(config: Config) -> DeviceKind:
-    """Where workers of this run compute: on GPUs if the cluster has any, unless the config says which."""
+    """Where workers of this run compute: on GPUs if the cluster has any, unless the config says
+    which.
+    """
     if config.cluster.device != "auto":
         return config.cluster.device
     return "cuda" if ray.cluster_resources().get("GPU", 0) > 0 else "cpu"

@@ -1,7 +1,7 @@
 """The schema of a run: every key, its default, what is allowed. Importing this never imports torch.
 
-Horizons (`steps`, `warmup`) count steps of the run and are keys of their own, never a share of `train.steps`: so a
-run that is continued with more steps follows the same curves.
+Horizons (`steps`, `warmup`) count steps of the run and are keys of their own, never a share of
+`train.steps`: so a run that is continued with more steps follows the same curves.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def impossible(config: Config) -> list[str]:
         problems.append("mix.prompts is above 0, but every one of mix.shares is 0")
     if c.reward.unlabelled is not None and sees_answer(c.reward.unlabelled):
         problems.append(
-            "reward.unlabelled must not see an answer: only regex, or a weighted sum of regex, is allowed"
+            "reward.unlabelled must not see an answer: only regex, or a weighted sum of it, is allowed"
         )
     if c.data.held_out and c.reward.labelled is None:
         problems.append("data.held_out needs reward.labelled to be evaluated")

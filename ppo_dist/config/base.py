@@ -1,4 +1,6 @@
-"""What every block of keys is made of: the section, the error a user sees, numbers that may change with the step."""
+"""What every block of keys is made of: the section, the error a user sees, numbers that may change
+with the step.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,9 @@ class Linear(Section):
 
 
 class Cosine(Section):
-    """Up from 0 to `peak` in `warmup` steps, then down a half cosine to `floor` over `steps`, `floor` afterwards."""
+    """Up from 0 to `peak` in `warmup` steps, then down a half cosine to `floor` over `steps`,
+    `floor` afterwards.
+    """
 
     kind: Literal["cosine"]
     peak: float = Field(ge=0)
@@ -83,7 +87,9 @@ Scalar = Annotated[AnyScalar, BeforeValidator(bare_number)]
 
 
 class SupervisedFirst(Section):
-    """`steps` of supervised loss alone with weight `mu`, then the mix, whose weight follows `then` (step 0 = its first)."""
+    """`steps` of supervised loss alone with weight `mu`, then the mix, whose weight follows `then`
+    (step 0 = its first).
+    """
 
     kind: Literal["supervised_first"]
     steps: int = Field(gt=0)

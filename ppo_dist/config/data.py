@@ -20,7 +20,9 @@ def _one_or_many(value: Any) -> Any:
 
 
 class FromScratch(Section):
-    """A GPT-2-architecture model with random weights and a character tokenizer made from the run's own data."""
+    """A GPT-2-architecture model with random weights and a character tokenizer made from the run's
+    own data.
+    """
 
     layers: int = Field(4, ge=1)
     hidden: int = Field(192, ge=1)
@@ -58,7 +60,7 @@ class Reference(Section):
     )
     reset: Literal["after_supervised", "never"] = Field(
         "after_supervised",
-        description="the reference is the policy as the supervised-first phase left it, or the initial one",
+        description="the policy as the supervised-first phase left it, or the initial one",
     )
 
 
@@ -106,7 +108,9 @@ class HubSource(Shaping):
 
 
 class GymSource(Shaping):
-    """Questions of a reasoning-gym task. A question's own content decides its split, so that splits never share one."""
+    """Questions of a reasoning-gym task. A question's own content decides its split, so that splits
+    never share one.
+    """
 
     kind: Literal["reasoning_gym"]
     task: str

@@ -1,4 +1,6 @@
-"""Reads a config: YAML, then `key.sub=value` overrides, then the schema; every fault is one line that names the key."""
+"""Reads a config: YAML, then `key.sub=value` overrides, then the schema; every fault is one line
+that names the key.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
     Relative paths inside it are as they stand, from the working directory.
 
     Raises:
-        InputError: the file is missing or not YAML, or a key or value is wrong; names the file and the key.
+        InputError: the file is missing or not YAML, or a key or value is wrong; names both.
     """
     raw = _read_yaml(Path(path))
     for override in overrides:
@@ -36,7 +38,9 @@ def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
 
 
 def dump(config: Config) -> str:
-    """The resolved config as YAML: every key, defaults included; `load` reads it back to an equal config."""
+    """The resolved config as YAML: every key, defaults included; `load` reads it back to an equal
+    config.
+    """
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 

@@ -49,7 +49,9 @@ class RegexReward(Section):
 
 
 class GymReward(Section):
-    """The reasoning-gym task's own score of the extracted answer, 0 to 1. `strict` counts only a full score."""
+    """The reasoning-gym task's own score of the extracted answer, 0 to 1. `strict` counts only a
+    full score.
+    """
 
     kind: Literal["reasoning_gym"]
     extract: AnyExtract = Extract()
@@ -89,5 +91,5 @@ class Reward(Section):
     )
     on_error: Literal["error", "zero"] = Field(
         "zero",
-        description="a checker that raises or returns nonsense: stop with the row, or count 0 and log it",
+        description="a checker that raises or returns nonsense: stop with the row, or count 0",
     )

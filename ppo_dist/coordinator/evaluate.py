@@ -10,7 +10,7 @@ from ppo_dist.protocols import RewardSource, RolloutPool
 from ppo_dist.tracking.metrics import Row, evaluation
 from ppo_dist.types import Prompt, Sampling, Scored
 
-# sampled evaluation draws the same random numbers every time, so that only the policy differs between two of them
+# the same random numbers every time: between two evaluations only the policy differs
 EVALUATION_STEP = 0
 
 

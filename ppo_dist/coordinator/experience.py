@@ -20,7 +20,7 @@ def experience(
     estimator: AdvantageEstimator,
     algorithm: Algorithm,
 ) -> list[TrainSequence]:
-    """Training sequences of a step's rollouts, their advantages whitened over all of them at once."""
+    """Training sequences of a step's rollouts, advantages whitened over all of them at once."""
     if not scored:
         return []
     logprobs_BR, mask_BR = pad([a.logprobs_R for a in annotations])
@@ -92,10 +92,12 @@ def updates(
     seed: int,
     step: int,
 ) -> list[list[TrainSequence]]:
-    """The sequences of each update of a step: a part of the rollouts, newly shuffled each epoch, and labelled examples.
+    """The sequences of each update of a step: a part of the rollouts, newly shuffled each epoch,
+    and labelled examples.
 
-    There are epochs × minibatches of them, whatever the mix, so that runs with other mixes make as many updates.
-    Responses to one prompt stay in one minibatch: the learner then computes their prompt once.
+    There are epochs × minibatches of them, whatever the mix, so that runs with other mixes make as
+    many updates. Responses to one prompt stay in one minibatch: the learner then computes their
+    prompt once.
     """
     groups: dict[bytes, list[TrainSequence]] = {}
     for sequence in reinforced:

@@ -1,7 +1,7 @@
 """The loop: one pass is one step, one metrics row, one policy version.
 
-    plan ─▶ prompts ─▶ rollouts ─▶ scores ─▶ annotations ─▶ training sequences ─▶ updates ─▶ next version
-    schedule  stream     pool       reward     learners        + labelled ones      learners
+    plan ─▶ prompts ─▶ rollouts ─▶ scores ─▶ annotations ─▶ sequences ─▶ updates ─▶ next version
+    schedule  stream     pool       reward     learners      + labelled    learners
 
 A version is published when somebody is about to generate with it: supervised steps move no weights.
 """
@@ -58,7 +58,9 @@ class Loop:
         self._saved_step = state.step
 
     def run(self, should_stop: Callable[[], bool] = lambda: False) -> bool:
-        """Runs to the last step. False if it was asked to stop before; either way a checkpoint holds the state."""
+        """Runs to the last step. False if it was asked to stop before; either way a checkpoint
+        holds the state.
+        """
         if self.state.step == 0 and self._parts.evaluator is not None:
             self._log(0, self._evaluate(Stopwatch()))
         while self.state.step < self._config.train.steps and not should_stop():

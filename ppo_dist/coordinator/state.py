@@ -36,7 +36,7 @@ class Checkpoints:
         self._keep = keep
 
     def write(self, state: RunState, parts: dict[str, Any], save: Callable[[Path], None]) -> Path:
-        """Writes a checkpoint aside, seals it, then removes the oldest beyond those that are kept."""
+        """Writes a checkpoint aside, seals it, then removes the oldest beyond those kept."""
         folder = self._folder / f"step-{state.step:08d}"
         aside = self._folder / f".{folder.name}.writing"
         shutil.rmtree(aside, ignore_errors=True)
@@ -50,7 +50,7 @@ class Checkpoints:
 
     def newest_whole(self) -> tuple[Path | None, list[str]]:
         """The newest checkpoint that is whole, and what is wrong with those after it."""
-        problems = []
+        problems: list[str] = []
         for folder in reversed(self._all()):
             problem = files.damage(folder)
             if problem is None:

@@ -1,4 +1,6 @@
-"""Where the next prompts and labelled examples come from: shuffled passes over the data that can be resumed."""
+"""Where the next prompts and labelled examples come from: shuffled passes over the data that can be
+resumed.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ T = TypeVar("T")
 
 
 class Cursor(Generic[T]):
-    """An endless walk over items, in a new order each epoch; all it remembers is how many were taken."""
+    """An endless walk over items, in a new order each epoch; all it remembers is how many were
+    taken.
+    """
 
     def __init__(self, items: Sequence[T], seed: int, salt: int) -> None:
         self._items, self._seed, self._salt = items, seed, salt
@@ -78,8 +82,8 @@ class Stream:
 
     def state_dict(self) -> dict[str, Any]:
         """The cursors."""
-        named: dict[str, Cursor[Any]] = {**self._prompts, "examples": self._examples}
-        return {name: cursor.state_dict() for name, cursor in named.items()}
+        cursors = {str(origin): cursor.state_dict() for origin, cursor in self._prompts.items()}
+        return {**cursors, "examples": self._examples.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from there. Raises ValueError as Cursor does."""

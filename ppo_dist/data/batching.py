@@ -1,4 +1,6 @@
-"""Balanced micro-batches: sequences packed end to end under a token budget, equally many on every rank."""
+"""Balanced micro-batches: sequences packed end to end under a token budget, equally many on every
+rank.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,9 @@ from ppo_dist.types import Floats, Ints, MicroBatch, PackedRow, TokenCounts, Tra
 def cut(lengths: Sequence[int], ranks: int, budget: int) -> list[list[list[int]]]:
     """Indices of units by rank and micro-batch: `cut(...)[rank][micro_batch]`.
 
-    Every rank gets the same number of micro-batches, as collectives demand; some may be empty. None holds more than
-    `budget` tokens, unless one unit alone is longer. Loads are evened out: longest first, into the emptiest.
+    Every rank gets the same number of micro-batches, as collectives demand; some may be empty. None
+    holds more than `budget` tokens, unless one unit alone is longer. Loads are evened out: longest
+    first, into the emptiest.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     total = sum(lengths)
@@ -43,7 +46,8 @@ def _emptiest_first(order: Sequence[int], lengths: Sequence[int], count: int) ->
 
 
 def units(rows: Sequence[tuple[Ints, int]], budget: int) -> tuple[list[list[int]], list[int]]:
-    """(members, lengths): rows with the same prompt together, as far as the budget allows, and their packed lengths.
+    """(members, lengths): rows with the same prompt together, as far as the budget allows, and
+    their packed lengths.
 
     A row is (tokens_T, prompt length). The prompt of a unit is computed once for all its responses.
     """
@@ -73,7 +77,9 @@ def shares(rows: Sequence[tuple[Ints, int]], ranks: int, budget: int) -> list[li
 
 
 def pack(sequences: Sequence[TrainSequence]) -> MicroBatch:
-    """One packed row. Without sequences: a single token of weight 0, so that a rank with nothing takes part too."""
+    """One packed row. Without sequences: a single token of weight 0, so that a rank with nothing
+    takes part too.
+    """
     if not sequences:
         nothing = np.zeros(1, np.float32)
         return MicroBatch(pack_rows([(np.zeros(2, np.int64), 1)], end=False), *[nothing] * 7)
@@ -92,7 +98,8 @@ def pack(sequences: Sequence[TrainSequence]) -> MicroBatch:
 def pack_rows(rows: Sequence[tuple[Ints, int]], end: bool) -> PackedRow:
     """The packed row of (tokens_T, prompt length) pairs.
 
-    With `end` each response has one state more, that after its last token, with a target that means nothing.
+    With `end` each response has one state more, that after its last token, with a target that means
+    nothing.
     """
     tokens: list[Ints] = []
     positions: list[Ints] = []

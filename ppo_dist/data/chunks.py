@@ -18,9 +18,10 @@ def chunks(
 ) -> list[Chunk]:
     """Work units of at most `size` sequences, longest prompts first (the uid breaks ties).
 
-    The responses to one prompt stay together as far as `size` allows, so that it is prefilled once; a prompt that
-    occurs twice gets twice as many, under further indices. The cut depends on the prompts alone, never on how many
-    workers there are: batch composition changes low bits, and in bf16 tokens.
+    The responses to one prompt stay together as far as `size` allows, so that it is prefilled once;
+    a prompt that occurs twice gets twice as many, under further indices. The cut depends on the
+    prompts alone, never on how many workers there are: batch composition changes low bits, and in
+    bf16 tokens.
     """
     occurrences = Counter(prompt.uid for prompt in prompts)
     distinct = {prompt.uid: prompt for prompt in prompts}.values()

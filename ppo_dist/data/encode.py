@@ -15,7 +15,9 @@ from ppo_dist.types import Ints, LabelledExample, Prompt
 
 
 class Encoder:
-    """Turns rows into prompts and labelled examples; counts what it had to drop or truncate in `counts`."""
+    """Turns rows into prompts and labelled examples; counts what it had to drop or truncate in
+    `counts`.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, data: Data) -> None:
         if tokenizer.eos_token_id is None:
@@ -30,12 +32,15 @@ class Encoder:
         """Prompts of the rows that fit `data.max_prompt_tokens`, or were cut to fit.
 
         Raises:
-            InputError: a prompt is too long and `data.overlong` is error, or the chat template refuses it.
+            InputError: a prompt is too long and `data.overlong` is error, or the chat template
+                refuses it.
         """
         return [p for row in rows if (p := self._prompt(row, origin, self._text(row))) is not None]
 
     def examples(self, rows: Sequence[Row]) -> list[LabelledExample]:
-        """Labelled examples whose response tokens end with the end-of-sequence token. Raises as `prompts` does."""
+        """Labelled examples whose response tokens end with the end-of-sequence token. Raises as
+        `prompts` does.
+        """
         examples = []
         for row in rows:
             prompt = self._prompt(row, "labelled", text := self._text(row))
@@ -80,7 +85,8 @@ class Encoder:
             match self._data.overlong:
                 case "error":
                     raise InputError(
-                        f"{row.where}: prompt of {len(tokens)} tokens, data.max_prompt_tokens is {limit}"
+                        f"{row.where}: prompt of {len(tokens)} tokens, "
+                        f"data.max_prompt_tokens is {limit}"
                     )
                 case "drop":
                     self.counts["dropped"] += 1
@@ -91,7 +97,9 @@ class Encoder:
         return Prompt(row.uid, origin, text, np.asarray(tokens, np.int64), row.answer, row.checker)
 
     def _response(self, row: Row, prompt_text: str, response: str) -> Ints:
-        """The tokens that the policy should write: the response and what ends its turn in the chat template."""
+        """The tokens that the policy should write: the response and what ends its turn in the chat
+        template.
+        """
         eos = self._tokenizer.eos_token_id
         text = response
         if self._is_chat(row):

@@ -1,4 +1,6 @@
-"""Rows out of files, Hugging Face datasets and reasoning-gym tasks; a bad row is an error that says where it stands."""
+"""Rows out of files, Hugging Face datasets and reasoning-gym tasks; a bad row is an error that says
+where it stands.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ HELD_OUT_SHARE = 0.2
 class Row:
     """A row that has what its use demands. `prompt` is a text or a list of chat messages.
 
-    Example: Row(uid="labelled/0:3", where="labels.jsonl, line 4", prompt="hello>", response="olleh", answer="olleh", checker=None)
+    Example: Row(uid="labelled/0:3", where="labels.jsonl, line 4", prompt="hello>",
+    response="olleh", answer="olleh", checker=None)
     """
 
     uid: str
@@ -36,8 +39,9 @@ class Row:
 def read(sources: Sequence[AnySource], name: str, origin: Origin, needs_answer: bool) -> list[Row]:
     """All rows of the sources listed under `data.<name>`, checked for that use.
 
-    Rows of origin `labelled` must have a response. With `needs_answer` they must have an answer too, for which the
-    response stands in. Unlabelled rows lose answer, response and checker here, and nothing after this sees them.
+    Rows of origin `labelled` must have a response. With `needs_answer` they must have an answer
+    too, for which the response stands in. Unlabelled rows lose answer, response and checker here,
+    and nothing after this sees them.
 
     Raises:
         InputError: a file is missing or a row is wrong; names file, row and reason.
@@ -72,31 +76,34 @@ def _row(
     origin: Origin,
     needs_answer: bool,
 ) -> Row:
-    is_gym = isinstance(source, GymSource)
-    names = ("question", "answer", "answer") if is_gym else _names(source)
-    prompt_column, response_column, answer_column = names
-    prompt = _shaped(source.prompt_template, fields, where) or fields.get(prompt_column)
-    _check_prompt(prompt, prompt_column, where, fields)
+    prompt_column, response_column, answer_column = _names(source)
+    prompt = _prompt(source, prompt_column, where, fields)
     if origin == "unlabelled":
         return Row(uid, where, prompt, None, None, None)
     response = _shaped(source.response_template, fields, where) or fields.get(response_column)
-    answer = fields.get(answer_column)
-    if isinstance(answer, (int, float)) and not isinstance(answer, bool):
-        answer = str(answer)
+    answer = _answer(fields.get(answer_column))
     if origin == "labelled":
         if not isinstance(response, str) or not response:
             raise InputError(
                 f"{where}: {response_column!r} must be a text with something in it{_has(fields)}"
             )
         answer = response if answer is None else answer
-    if needs_answer and checker is None and not isinstance(answer, str):
+    if needs_answer and checker is None and answer is None:
         raise InputError(
-            f"{where}: {answer_column!r} must be a text or a number, the reward compares with it{_has(fields)}"
+            f"{where}: {answer_column!r} must be a text or a number, "
+            f"the reward compares with it{_has(fields)}"
         )
     return Row(uid, where, prompt, response if origin == "labelled" else None, answer, checker)
 
 
-def _names(source: FileSource | HubSource) -> tuple[str, str, str]:
+def _answer(value: Any) -> str | None:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return str(value) if is_number or isinstance(value, str) else None
+
+
+def _names(source: AnySource) -> tuple[str, str, str]:
+    if isinstance(source, GymSource):
+        return "question", "answer", "answer"
     return source.columns.prompt, source.columns.response, source.columns.answer
 
 
@@ -104,19 +111,25 @@ def _has(fields: Mapping[str, Any]) -> str:
     return f" (the row has: {', '.join(map(str, fields)) or 'nothing'})"
 
 
-def _check_prompt(prompt: Any, column: str, where: str, fields: Mapping[str, Any]) -> None:
+def _prompt(
+    source: AnySource, column: str, where: str, fields: Mapping[str, Any]
+) -> str | list[dict[str, str]]:
+    prompt = _shaped(source.prompt_template, fields, where) or fields.get(column)
     if isinstance(prompt, str) and prompt:
-        return
+        return prompt
     if prompt is None or prompt == "":
         raise InputError(f"{where}: {column!r} is missing or empty{_has(fields)}")
-    messages = prompt if isinstance(prompt, list) else []
-    if not messages or not all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-        for m in messages
-    ):
-        raise InputError(
-            f"{where}: {column!r} must be a text or a list of messages with `role` and `content`"
-        )
+    if isinstance(prompt, list) and prompt and all(_is_message(message) for message in prompt):
+        return prompt
+    raise InputError(
+        f"{where}: {column!r} must be a text or a list of messages with `role` and `content`"
+    )
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(value.get(k), str) for k in ("role", "content")
+    )
 
 
 def _shaped(template: str | None, fields: Mapping[str, Any], where: str) -> str | None:
@@ -130,7 +143,7 @@ def _shaped(template: str | None, fields: Mapping[str, Any], where: str) -> str 
         ) from None
 
 
-# ── one reader per kind of source: (where, fields, checker) ──────────────────────────────────────────────────────
+# ── one reader per kind of source: (where, fields, checker) ───────────────────────────────────────
 
 Fields = tuple[str, Mapping[str, Any], Checker | None]
 
@@ -161,7 +174,8 @@ def _file(path: Path) -> Iterator[Fields]:
             yield from _parquet(path)
         case suffix:
             raise InputError(
-                f"{path}: cannot read {suffix or 'a file without an ending'}; .jsonl, .json and .parquet are allowed"
+                f"{path}: cannot read {suffix or 'a file without an ending'}; "
+                ".jsonl, .json and .parquet are allowed"
             )
 
 
@@ -217,7 +231,8 @@ def _hub(source: HubSource) -> Iterator[Fields]:
             dataset = datasets.load_dataset(source.path, source.name, split=source.split)
     except Exception as error:  # whatever a dataset's loader raises, the user must mend the source
         raise InputError(
-            f"{source.path}: cannot be loaded as a Hugging Face dataset: {' '.join(str(error).split())}"
+            f"{source.path}: cannot be loaded as a Hugging Face dataset: "
+            f"{' '.join(str(error).split())}"
         ) from None
     for number, row in enumerate(dataset, start=1):
         yield f"{source.path}, row {number}", row, None
@@ -249,11 +264,14 @@ def _gym(source: GymSource) -> Iterator[Fields]:
         if len(seen) == source.size:
             return
     raise InputError(
-        f"{where}: has only {len(seen)} different {source.split} questions with these options, {source.size} were asked for"
+        f"{where}: has only {len(seen)} different {source.split} questions with these options, "
+        f"{source.size} were asked for"
     )
 
 
 def held_out_part(question: str) -> bool:
-    """Whether a question belongs to the held-out split: decided by its own text, white space and case aside."""
+    """Whether a question belongs to the held-out split: decided by its own text, white space and
+    case aside.
+    """
     digest = hashlib.sha256(" ".join(question.lower().split()).encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64 < HELD_OUT_SHARE

@@ -1,9 +1,10 @@
 """The only file that knows DeepSpeed: a module that is sharded, trained, saved and gathered.
 
 Four settings are what keeps gradients right here (each is held by a test):
-  * `managed_gradient_accumulation: false`: any number of backward passes before a step. In the default mode ZeRO 1
-    and 2 keep only the last one's gradients.
-  * `backward(loss, scale_wrt_gas=False)` of a loss already multiplied by the world size: DeepSpeed averages over ranks.
+  * `managed_gradient_accumulation: false`: any number of backward passes before a step. In the
+    default mode ZeRO 1 and 2 keep only the last one's gradients.
+  * `backward(loss, scale_wrt_gas=False)` of a loss already multiplied by the world size, since
+    DeepSpeed averages over ranks.
   * `gradient_clipping` is always written: DeepSpeed clips at 1.0 unless told otherwise.
   * the optimizer is torch's own, so nothing is compiled and CPU offload needs no compiler.
 """
@@ -15,7 +16,7 @@ import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import deepspeed
 import deepspeed.comm
@@ -27,6 +28,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from ppo_dist.config.workers import AdamW, LearnerSection
 from ppo_dist.device import DTYPES, DeviceKind, backend
 
+M = TypeVar("M", bound=nn.Module)
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
 
 
@@ -66,11 +68,11 @@ def _zero_config(learner: LearnerSection) -> dict[str, Any]:
     }
 
 
-def sharded(learner: LearnerSection, load: Callable[[], nn.Module]) -> nn.Module:
-    """What `load` makes; under ZeRO-3 its parameters are split over the ranks while they are read."""
+def sharded(learner: LearnerSection, load: Callable[[], M]) -> M:
+    """What `load` makes; under ZeRO-3 parameters are split over the ranks while they are read."""
     if learner.zero_stage < 3:
         return load()
-    # transformers' from_pretrained looks for a living HfDeepSpeedConfig; it must be gone before the next model
+    # transformers looks for a living HfDeepSpeedConfig; it must be gone before the next model
     guard = HfDeepSpeedConfig(_zero_config(learner))
     try:
         return load()
@@ -89,13 +91,15 @@ def frozen(learner: LearnerSection, module: nn.Module, device: torch.device) -> 
         "zero_optimization": {"stage": 3},
         "bf16": {"enabled": learner.dtype == "bf16"},
     }
-    engine, *_ = deepspeed.initialize(model=module, config=config)
+    engine: nn.Module = deepspeed.initialize(model=module, config=config)[0]
     engine.eval()
     return engine
 
 
 class ZeroEngine:
-    """A module and its optimizer under DeepSpeed ZeRO. Every method is called on all ranks, or on none."""
+    """A module and its optimizer under DeepSpeed ZeRO. Every method is called on all ranks, or on
+    none.
+    """
 
     def __init__(self, module: nn.Module, learner: LearnerSection) -> None:
         optimizer = _optimizer(module, learner)
@@ -109,21 +113,19 @@ class ZeroEngine:
         )
         self._world = torch.distributed.get_world_size()
 
-    @property
-    def module(self) -> nn.Module:
-        """The module itself; under ZeRO-3 its parameters are empty outside a gather."""
-        module: nn.Module = self._engine.module
-        return module
-
     def __call__(self, *args: Any) -> Any:
         return self._engine(*args)
 
     def backward(self, loss_sum: torch.Tensor) -> None:
-        """Adds the gradient of a sum over this rank's tokens that is already divided by the global count."""
+        """Adds the gradient of a sum over this rank's tokens that is already divided by the global
+        count.
+        """
         self._engine.backward(loss_sum * self._world, scale_wrt_gas=False)
 
     def step(self, lr: float) -> float:
-        """One optimizer step with everything since the last one. Returns the global gradient norm before clipping."""
+        """One optimizer step with everything since the last one. Returns the global gradient norm
+        before clipping.
+        """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         self._engine.step()
@@ -138,11 +140,13 @@ class ZeroEngine:
         self._norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
 
     def parameters(self, bucket_bytes: int) -> Iterator[tuple[str, torch.Tensor]]:
-        """All parameters whole, name by name; under ZeRO-3 at most about `bucket_bytes` of them exist at a time.
+        """All parameters whole, name by name; under ZeRO-3 at most about `bucket_bytes` of them
+        exist at a time.
 
-        Tied parameters come once, under their first name. Tensors are valid until the next one is taken.
+        Tied parameters come once, under their first name. Tensors are valid until the next one is
+        taken.
         """
-        named = list(self.module.named_parameters())
+        named = list(self._engine.module.named_parameters())
         if self._stage < 3:
             yield from ((name, p.detach()) for name, p in named)
             return
@@ -170,6 +174,7 @@ def _optimizer(module: nn.Module, learner: LearnerSection) -> torch.optim.Optimi
             betas=chosen.betas,
             eps=chosen.eps,
             weight_decay=chosen.weight_decay,
+            fused=True,
         )
     return torch.optim.SGD(module.parameters(), lr=0.0, momentum=chosen.momentum)
 
@@ -194,5 +199,5 @@ def barrier() -> None:
 
 
 def model_dtype(learner: LearnerSection) -> torch.dtype:
-    """The number format of weights and activations; the optimizer's own copy is fp32 in any case."""
+    """The number format of weights and activations; the optimizer's own copy is always fp32."""
     return DTYPES[learner.dtype]

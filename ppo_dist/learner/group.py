@@ -1,11 +1,13 @@
-"""All learner workers as one: cuts work into balanced shards, calls every rank, puts the answers together."""
+"""All learner workers as one: cuts work into balanced shards, calls every rank, puts the answers
+together.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import reduce
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -24,7 +26,6 @@ from ppo_dist.types import (
     Weights,
 )
 
-P = ParamSpec("P")
 R = TypeVar("R")
 
 
@@ -33,10 +34,11 @@ class Ranks(Protocol):
 
     world: int
 
-    def call(
-        self, method: Callable[Concatenate[LearnerWorker, P], R], args: Sequence[tuple[Any, ...]]
-    ) -> list[R]:
-        """`method(worker, *args[rank])` on every rank at the same time; results by rank."""
+    def call(self, method: Callable[..., R], args: Sequence[tuple[Any, ...]]) -> list[R]:
+        """`method(worker, *args[rank])` on every rank at the same time; results by rank.
+
+        `method` is one of LearnerWorker, given as LearnerWorker.update, so that it can be found.
+        """
 
 
 class InProcess:
@@ -47,9 +49,7 @@ class InProcess:
     def __init__(self, worker: LearnerWorker) -> None:
         self._worker = worker
 
-    def call(
-        self, method: Callable[Concatenate[LearnerWorker, P], R], args: Sequence[tuple[Any, ...]]
-    ) -> list[R]:
+    def call(self, method: Callable[..., R], args: Sequence[tuple[Any, ...]]) -> list[R]:
         """See Ranks."""
         return [method(self._worker, *args[0])]
 

@@ -1,4 +1,6 @@
-"""The losses of a micro-batch: sums over its tokens, divided once, by the counts of the whole update."""
+"""The losses of a micro-batch: sums over its tokens, divided once, by the counts of the whole
+update.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ppo_dist.algo.losses import policy_term, value_term
+from ppo_dist.models.policy import PolicyOutput
 from ppo_dist.types import Coefficients, MicroBatch, TermSums, TokenCounts
 
 
@@ -43,9 +46,7 @@ class Tensors:
 
 def policy_loss(
     batch: Tensors,
-    logprobs_K: torch.Tensor,
-    entropy_K: torch.Tensor,
-    is_argmax_K: torch.Tensor,
+    out: PolicyOutput,
     counts: TokenCounts,
     coefficients: Coefficients,
     clip: float,
@@ -55,9 +56,9 @@ def policy_loss(
     A token without weight gets no gradient, and a term without tokens is exactly zero.
     """
     policy_live, ce_live = batch.policy_weight_K != 0, batch.ce_weight_K != 0
-    term = policy_term(logprobs_K, batch.logprobs_K, batch.advantages_K, clip)
+    term = policy_term(out.logprobs_K, batch.logprobs_K, batch.advantages_K, clip)
     policy_sum = torch.where(policy_live, term.loss * batch.policy_weight_K, 0.0).sum()
-    ce_sum = torch.where(ce_live, -logprobs_K * batch.ce_weight_K, 0.0).sum()
+    ce_sum = torch.where(ce_live, -out.logprobs_K * batch.ce_weight_K, 0.0).sum()
     loss = policy_sum * (coefficients.policy / max(counts.policy, 1)) + ce_sum * (
         coefficients.mu / max(counts.ce, 1)
     )
@@ -65,9 +66,9 @@ def policy_loss(
         policy_loss=policy_sum.item(),
         clipped=term.clipped[policy_live].sum().item(),
         kl=term.kl[policy_live].sum().item(),
-        entropy=entropy_K[policy_live].sum().item(),
+        entropy=out.entropy_K[policy_live].sum().item(),
         ce_loss=ce_sum.item(),
-        ce_correct=is_argmax_K[ce_live].sum().item(),
+        ce_correct=out.is_argmax_K[ce_live].sum().item(),
     )
     return loss, sums
 

@@ -1,4 +1,6 @@
-"""A learner worker: one rank of policy, critic and reference. A plain class; cluster/ makes it a Ray actor."""
+"""A learner worker: one rank of policy, critic and reference. A plain class; cluster/ makes it a
+Ray actor.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ from ppo_dist.data.batching import pack_rows
 from ppo_dist.learner.engine import ZeroEngine, barrier, frozen, join_group, model_dtype, sharded
 from ppo_dist.learner.losses import Tensors, policy_loss, value_loss
 from ppo_dist.models.critic import load_critic
-from ppo_dist.models.policy import PolicyModel, load_policy
+from ppo_dist.models.policy import PolicyModel, PolicyOutput, load_policy
 from ppo_dist.protocols import WeightSender
 from ppo_dist.types import (
     Annotation,
@@ -48,7 +50,9 @@ class Seat:
 
 @dataclass(frozen=True, eq=False)
 class UpdateShard:
-    """One rank's part of one update: as many micro-batches as every other rank has, for each of the two models."""
+    """One rank's part of one update: as many micro-batches as every other rank has, for each of the
+    two models.
+    """
 
     policy: tuple[MicroBatch, ...]
     critic: tuple[MicroBatch, ...]
@@ -67,14 +71,15 @@ class LearnerWorker:
         self._config, self._learner, self._seat = config, config.learner, seat
         self._model_path, self._sender = model_path, sender
         self._trained = resume is not None
-        self._policy = ZeroEngine(self._load_policy(model_path), config.learner)
+        self._policy_model = self._load_policy(model_path)
+        self._policy = ZeroEngine(self._policy_model, config.learner)
         self._reference: torch.nn.Module | None = None
         self._critic: ZeroEngine | None = None
         self._reference_folder: Path | None = None
         if resume is not None:
             self._resume(resume)
 
-    # ── what the group calls ─────────────────────────────────────────────────────────────────────────────────────
+    # ── what the group calls ──────────────────────────────────────────────────────────────────────
 
     def annotate(self, shard: list[list[tuple[Ints, int]]]) -> list[list[Annotation]]:
         """Annotations of (tokens_T, prompt length) pairs, micro-batch by micro-batch."""
@@ -84,7 +89,9 @@ class LearnerWorker:
             return [self._annotate(rows) for rows in shard]
 
     def update(self, shards: list[UpdateShard], coefficients: Coefficients) -> list[UpdateReport]:
-        """One optimizer step of each model for each shard, in order. A model without live tokens stays as it is."""
+        """One optimizer step of each model for each shard, in order. A model without live tokens
+        stays as it is.
+        """
         self._trained = True
         return [self._update(shard, coefficients) for shard in shards]
 
@@ -121,7 +128,7 @@ class LearnerWorker:
         torch.save(torch.get_rng_state(), folder / f"random-{self._seat.rank}.pt")
         barrier()
 
-    # ── models ───────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── models ────────────────────────────────────────────────────────────────────────────────────
 
     def _load_policy(self, path: str) -> PolicyModel:
         dtype, trust = model_dtype(self._learner), self._config.model.trust_remote_code
@@ -179,11 +186,11 @@ class LearnerWorker:
     def _write_policy(self, folder: Path, state: dict[str, torch.Tensor]) -> None:
         aside = folder.with_name(f".{folder.name}.writing")
         shutil.rmtree(aside, ignore_errors=True)
-        self._policy.module.lm.save_pretrained(aside, state_dict=state)
+        self._policy_model.lm.save_pretrained(aside, state_dict=state)
         AutoTokenizer.from_pretrained(self._model_path).save_pretrained(aside)
         files.replace(aside, folder)
 
-    # ── passes ───────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── passes ────────────────────────────────────────────────────────────────────────────────────
 
     def _annotate(self, rows: list[tuple[Ints, int]]) -> list[Annotation]:
         assert self._critic is not None and self._reference is not None, "annotate() starts both"
@@ -192,8 +199,8 @@ class LearnerWorker:
         temperature_K = torch.full(
             targets_K.shape, self._config.rollout.temperature, device=self._device
         )
-        logprobs_K = self._policy(*where, targets_K, temperature_K)[0].cpu().numpy()
-        reference_K = self._reference(*where, targets_K, temperature_K)[0].cpu().numpy()
+        logprobs_K = self._policy(*where, targets_K, temperature_K).logprobs_K.cpu().numpy()
+        reference_K = self._reference(*where, targets_K, temperature_K).logprobs_K.cpu().numpy()
         values_K = self._critic(*where).cpu().numpy()
         annotations, begin = [], 0
         for tokens_T, prompt in rows:
@@ -233,8 +240,8 @@ class LearnerWorker:
         batch = Tensors.of(micro_batch, self._device)
         # the policy that acts is softmax(logits / temperature); imitation is of softmax(logits)
         temperature_K = torch.where(batch.ce_weight_K != 0, 1.0, self._config.rollout.temperature)
-        passed = self._policy(*batch.row, batch.targets_K, temperature_K)
-        loss, sums = policy_loss(batch, *passed, counts, coefficients, self._config.algorithm.clip)
+        out: PolicyOutput = self._policy(*batch.row, batch.targets_K, temperature_K)
+        loss, sums = policy_loss(batch, out, counts, coefficients, self._config.algorithm.clip)
         self._policy.backward(loss)
         return sums
 

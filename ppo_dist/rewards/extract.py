@@ -41,5 +41,5 @@ def last_number(text: str) -> str | None:
 
 def after(text: str, marker: str) -> str | None:
     """What stands on the same line after the last occurrence of the marker."""
-    before, found, rest = text.rpartition(marker)
+    _, found, rest = text.rpartition(marker)
     return first_line(rest) if found else None

@@ -15,8 +15,8 @@ from ppo_dist.types import Rollout
 def gym(rule: GymReward) -> Judge:
     """The task's own score of the extracted answer.
 
-    Some tasks give part of a point for a text that merely contains the answer, or for none at all: with `strict`, all
-    but a full score is 0.
+    Some tasks give part of a point for a text that merely contains the answer, or for none at all:
+    with `strict`, all but a full score is 0.
     """
     extract = extractor(rule.extract)
 

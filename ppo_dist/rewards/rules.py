@@ -1,4 +1,6 @@
-"""Rewards that follow from the response and the prompt's answer alone: exact, numeric, regex, and their sums."""
+"""Rewards that follow from the response and the prompt's answer alone: exact, numeric, regex, and
+their sums.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ logger = logging.getLogger(__name__)
 
 
 class Judged:
-    """A RewardSource out of a function of one rollout; what the function fails on is an error or a counted zero."""
+    """A RewardSource out of a function of one rollout; what the function fails on is an error or a
+    counted zero.
+    """
 
     def __init__(self, judge: Judge, source: str, on_error: OnError) -> None:
         self._judge, self._source, self._on_error = judge, source, on_error
@@ -29,7 +33,8 @@ class Judged:
         """See RewardSource.
 
         Raises:
-            InputError: the function raised or returned no finite number, and `reward.on_error` is error.
+            InputError: the function raised or returned no finite number, and `reward.on_error` is
+                error.
         """
         return [self._score(rollout) for rollout in rollouts]
 
@@ -41,7 +46,10 @@ class Judged:
             fault = f"{type(error).__name__}: {error}"
         if fault is None:
             return Score(value, self._source)
-        message = f"reward {self._source} failed on {rollout.prompt.uid}, response {rollout.text[:200]!r}: {fault}"
+        message = (
+            f"reward {self._source} failed on {rollout.prompt.uid}, "
+            f"response {rollout.text[:200]!r}: {fault}"
+        )
         if self._on_error == "error":
             raise InputError(message)
         logger.warning("%s; counted as 0", message)

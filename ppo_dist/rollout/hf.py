@@ -14,10 +14,11 @@ from ppo_dist.types import Chunk, Floats, Ints, Request, Rollout, Sampling
 
 
 class HfEngine:
-    """Generates a chunk as one batch: prefill each prompt once, then token by token, without the finished ones.
+    """Generates a chunk as one batch: prefill each prompt once, then token by token, without the
+    finished ones.
 
-    The random numbers of a response follow from (run seed, stream, step, prompt uid, response index) alone, so tokens
-    do not depend on which worker generates, nor on the order of chunks.
+    The random numbers of a response follow from (run seed, stream, step, prompt uid, response
+    index) alone, so tokens do not depend on which worker generates, nor on the order of chunks.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class HfEngine:
                 target = targets.pop(name, None)
                 if target is None or target.shape != tensor.shape:
                     raise ValueError(
-                        f"version {version}: weight {name} of shape {tuple(tensor.shape)} has no place"
+                        f"version {version}: no place for {name} of shape {tuple(tensor.shape)}"
                     )
                 target.copy_(tensor)
         if targets:
@@ -134,7 +135,9 @@ class HfEngine:
     def _prefill(
         self, requests: Sequence[Request]
     ) -> tuple[DynamicCache, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Cache, next-token logits, attention mask and next positions, one row per response; prompts are padded left."""
+        """Cache, next-token logits, attention mask and next positions, one row per response;
+        prompts are padded left.
+        """
         prompts = [request.prompt.tokens_P for request in requests]
         width = max(map(len, prompts))
         tokens_QP = torch.zeros(len(prompts), width, dtype=torch.long)
@@ -168,9 +171,11 @@ def _uniforms(sampling: Sampling, step: int, uid: str, index: int) -> np.ndarray
 def _draw(
     logits: torch.Tensor, uniforms_B: torch.Tensor, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(tokens_B, logprobs_B): the inverse of the cumulative distribution at each uniform; temperature 0 takes the argmax.
+    """(tokens_B, logprobs_B): the inverse of the cumulative distribution at each uniform;
+    temperature 0 takes the argmax.
 
-    The sums run in float64, so that the tail of a large vocabulary is not lost; a token of probability 0 is never drawn.
+    The sums run in float64, so that the tail of a large vocabulary is not lost; a token of
+    probability 0 is never drawn.
     """
     logprobs_BV = (logits.float() / (temperature or 1.0)).log_softmax(-1)
     if temperature == 0:

@@ -1,4 +1,6 @@
-"""A rollout worker: an engine and the receiver of its weights. A plain class; cluster/ makes it a Ray actor."""
+"""A rollout worker: an engine and the receiver of its weights. A plain class; cluster/ makes it a
+Ray actor.
+"""
 
 from __future__ import annotations
 

@@ -1,1 +1,3 @@
-"""The semi-supervised policy: how much of each kind of learning, step by step. Pure and checkpointable."""
+"""The semi-supervised policy: how much of each kind of learning, step by step. Pure and
+checkpointable.
+"""

@@ -39,7 +39,9 @@ def value_at(scalar: AnyScalar, step: int) -> float:
 
 
 def apportion(total: int, weights: Mapping[Origin, float]) -> dict[Origin, int]:
-    """Whole numbers that add up to `total` and follow the weights: largest remainders, ties in the order of ORIGINS."""
+    """Whole numbers that add up to `total` and follow the weights: largest remainders, ties in the
+    order of ORIGINS.
+    """
     whole = sum(weights.values())
     if total == 0 or whole == 0:
         return dict.fromkeys(ORIGINS, 0)
@@ -52,13 +54,17 @@ def apportion(total: int, weights: Mapping[Origin, float]) -> dict[Origin, int]:
 
 
 class Scheduled:
-    """The mix as the config schedules it: constant, linear, cosine, piecewise, or supervised first. It has no state."""
+    """The mix as the config schedules it: constant, linear, cosine, piecewise, or supervised first.
+    It has no state.
+    """
 
     def __init__(self, mix: Mix) -> None:
         self._mix = mix
 
     def plan(self, step: int) -> MixPlan:
-        """What step number `step` is made of; in the supervised-first phase no prompts and no policy loss."""
+        """What step number `step` is made of; in the supervised-first phase no prompts and no
+        policy loss.
+        """
         mix, schedule = self._mix, self._mix.schedule
         labelled = round(value_at(mix.labelled_batch, step))
         if isinstance(schedule, SupervisedFirst):

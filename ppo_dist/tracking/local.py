@@ -14,7 +14,7 @@ class JsonLines:
     """A Tracker that appends to metrics.jsonl and samples.jsonl of a folder."""
 
     def __init__(self, folder: Path, after_step: int | None) -> None:
-        """Keeps rows up to `after_step` (those of a run that is resumed there); None starts anew."""
+        """Keeps rows up to `after_step`, where a run is resumed; None starts anew."""
         for name in ("metrics.jsonl", "samples.jsonl"):
             _keep(folder / name, after_step)
         self._metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")

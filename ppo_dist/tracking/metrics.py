@@ -1,4 +1,6 @@
-"""Records to metrics rows: names, and what each number means. Nothing to count is None, and every row has every key."""
+"""Records to metrics rows: names, and what each number means. Nothing to count is None, and every
+row has every key.
+"""
 
 from __future__ import annotations
 

@@ -16,7 +16,9 @@ ID_FILE = "wandb_id.txt"
 
 
 class Wandb:
-    """A Tracker that logs to Weights & Biases: online if there is a key, else into offline files. It never asks."""
+    """A Tracker that logs to Weights & Biases: online if there is a key, else into offline files.
+    It never asks.
+    """
 
     def __init__(self, config: Config, folder: Path, resume: bool) -> None:
         mode = config.tracking.wandb

@@ -1,4 +1,6 @@
-"""Weights through the Ray object store: written once, mapped by every receiver on a node without a copy."""
+"""Weights through the Ray object store: written once, mapped by every receiver on a node without a
+copy.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,7 @@ class StoreReceiver:
     """Takes buckets out of the object store one after the other."""
 
     def fetch(self, weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
-        """See WeightReceiver. The tensors are views of shared memory: to be copied, never written."""
+        """See WeightReceiver. The tensors are views of shared memory: to be read alone."""
         for part in weights.parts:
             bucket: list[Packed] = ray.get(part)
             yield from map(unpack, bucket)

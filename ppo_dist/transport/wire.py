@@ -17,7 +17,8 @@ from ppo_dist.protocols import NamedTensors
 class Packed:
     """A tensor as bytes.
 
-    Example: Packed(name="lm_head.weight", dtype="bfloat16", shape=(49152, 576), raw=array([…], dtype=uint8))
+    Example: Packed(name="lm_head.weight", dtype="bfloat16", shape=(49152, 576), raw=array([…],
+    dtype=uint8))
     """
 
     name: str

@@ -1,0 +1,96 @@
+"""Shared by all tests: one Ray session, small models, small configs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """The one Ray of the test run, with more logical CPUs than the machine has."""
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=8,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        # actors import the fakes too
+        runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).parent.parent)}},
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session", params=["gpt2", "llama"])
+def tiny_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random GPT-2 and a random Llama with grouped queries, of a few thousand parameters."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    from ppo_dist.config.data import FromScratch
+    from ppo_dist.models.scratch import make_model
+
+    path = tmp_path_factory.mktemp("models") / request.param
+    shape = FromScratch(layers=2, hidden=32, heads=2, context=64)
+    make_model(path, shape, ["abcdefghijklmnop>"], seed=1)
+    if request.param == "llama":
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=len(AutoTokenizer.from_pretrained(path)),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            eos_token_id=1,
+            initializer_range=0.2,
+        )
+        LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+def raw_config(folder: Path, **sections: Any) -> dict[str, Any]:
+    """A small run on words spelled backward, as plain data; sections are merged over it."""
+    words = {
+        "kind": "reasoning_gym",
+        "task": "spell_backward",
+        "prompt_template": "{word}>",
+        "options": {"min_word_len": 3, "max_word_len": 4},
+    }
+    raw: dict[str, Any] = {
+        "run": {"dir": str(folder), "seed": 3},
+        "train": {"steps": 3},
+        "model": {"scratch": {"layers": 2, "hidden": 32, "heads": 2, "context": 32}},
+        "data": {
+            "labelled": {**words, "size": 24, "seed": 1, "split": "train"},
+            "verifiable": {**words, "size": 40, "seed": 2, "split": "train"},
+            "held_out": {**words, "size": 16, "seed": 3, "split": "held_out"},
+        },
+        "reward": {"labelled": "exact", "verifiable": "reasoning_gym"},
+        "mix": {"schedule": 0.5, "prompts": 6, "labelled_batch": 4},
+        "rollout": {"group_size": 2, "max_new_tokens": 6, "chunk": 4},
+        "learner": {
+            "micro_batch_tokens": 48,
+            "lr": 0.05,
+            "critic_lr": 0.05,
+            "optimizer": "sgd",
+            "max_grad_norm": 0.0,
+        },
+        "algorithm": {"epochs": 1, "minibatches": 2, "kl_coef": 0.05},
+        "cluster": {"kind": "local"},
+        "tracking": {"wandb": "off", "progress": False},
+    }
+    for name, section in sections.items():
+        raw[name] = {**raw.get(name, {}), **section}
+    return raw

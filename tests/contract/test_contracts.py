@@ -1,0 +1,126 @@
+"""All shipped implementations, and the fakes, through the contract suites."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from transformers import AutoTokenizer
+
+from ppo_dist import build
+from ppo_dist.config import Config
+from ppo_dist.data.chunks import chunks
+from ppo_dist.models.policy import load_policy
+from ppo_dist.protocols import Tracker
+from ppo_dist.rollout.hf import HfEngine
+from ppo_dist.semi.schedule import Scheduled
+from ppo_dist.tracking.console import Several, Terminal
+from ppo_dist.tracking.local import JsonLines
+from ppo_dist.tracking.wandb import Wandb
+from ppo_dist.transport.memory import MemoryReceiver, MemorySender
+from ppo_dist.transport.store import StoreReceiver, StoreSender
+from ppo_dist.types import Checker, Prompt, Rollout, Sampling
+from tests.conftest import raw_config
+from tests.contract import suites
+from tests.fakes import FakeEngine, FakeReward, FakeTracker
+
+PROMPTS = [Prompt(f"p:{i}", "verifiable", "", np.arange(3, 5 + i)) for i in range(4)]
+CHUNKS = chunks(PROMPTS, 3, 5, 2, version=5, sampling=Sampling(1.0, 8, 0, "train"))
+
+
+def test_fake_engine() -> None:
+    suites.check_rollout_engine(FakeEngine(), {}.items(), CHUNKS)
+
+
+def test_hf_engine(tiny_model: Path) -> None:
+    model = load_policy(str(tiny_model), torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    engine = HfEngine(model, tokenizer, frozenset({1}), torch.device("cpu"))
+    weights = {n: p.detach().clone() for n, p in model.named_parameters()}
+    suites.check_rollout_engine(engine, weights.items(), CHUNKS)
+
+
+def rollouts() -> list[Rollout]:
+    checker = Checker(
+        "spell_backward", {}, {"question": "q", "answer": "12", "metadata": {"word": "21"}}
+    )
+    prompt = Prompt("p", "verifiable", "21>", np.array([3]), answer="12", checker=checker)
+    return [
+        Rollout(prompt, i, np.array([4, 1]), np.zeros(2, np.float32), text, "eos", 0)
+        for i, text in enumerate(["12", "", " 12 ", "no", "1,2", "twelve 12", "\0\n"])
+    ]
+
+
+@pytest.mark.parametrize(
+    "reward",
+    [
+        "exact",
+        "numeric",
+        "reasoning_gym",
+        {"kind": "regex", "pattern": "^1"},
+        {"kind": "weighted", "parts": [{"weight": 0.5, "reward": "exact"}]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_rewards(tmp_path: Path, reward: object) -> None:
+    config = Config.model_validate(raw_config(tmp_path, reward={"verifiable": reward}))
+    source = build.reward_source(config)
+    suites.check_reward_source(source, rollouts())
+    assert source.score(rollouts())[0].value > 0
+
+
+def test_fake_reward() -> None:
+    suites.check_reward_source(FakeReward(), rollouts())
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        0.2,
+        {"kind": "linear", "start": 1, "end": 0, "steps": 5},
+        {"kind": "cosine", "peak": 1, "floor": 0.1, "warmup": 3, "steps": 6},
+        {"kind": "supervised_first", "steps": 8, "then": 0.5},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_schedules(tmp_path: Path, schedule: object) -> None:
+    config = Config.model_validate(raw_config(tmp_path, mix={"schedule": schedule}))
+    suites.check_mix_schedule(Scheduled(config.mix), Scheduled(config.mix))
+
+
+@pytest.mark.parametrize("kind", ["fake", "jsonl", "terminal", "wandb", "several"])
+def test_trackers(tmp_path: Path, kind: str) -> None:
+    config = Config.model_validate(raw_config(tmp_path, tracking={"wandb": "offline"}))
+    made: dict[str, Tracker] = {"fake": FakeTracker()}
+    if kind in ("jsonl", "several"):
+        made["jsonl"] = JsonLines(tmp_path, None)
+    if kind == "terminal":
+        made["terminal"] = Terminal(Console(quiet=True), 2, 0)
+    if kind == "wandb":
+        made["wandb"] = Wandb(config, tmp_path, resume=False)
+    tracker = Several(list(made.values())) if kind == "several" else made[kind]
+    suites.check_tracker(tracker)
+    if kind in ("jsonl", "several"):
+        rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+        assert rows == [
+            {"step": 0, "policy/loss": None, "semi/mu": 0.5},
+            {"step": 1, "policy/loss": 0.25, "semi/mu": 0.5},
+        ]
+        samples = (tmp_path / "samples.jsonl").read_text().splitlines()
+        assert [json.loads(line)["response"] for line in samples] == ["b", "d"]
+    if kind == "wandb":
+        assert list(tmp_path.glob("wandb/offline-run-*/*.wandb")), "an offline file is there"
+
+
+def test_memory_transport() -> None:
+    suites.check_transport(MemorySender(), [MemoryReceiver(), MemoryReceiver()])
+
+
+def test_store_transport(ray_session: None) -> None:
+    # one byte a bucket: every tensor travels alone
+    suites.check_transport(StoreSender(bucket_bytes=1), [StoreReceiver(), StoreReceiver()])
+    suites.check_transport(StoreSender(bucket_bytes=2**20), [StoreReceiver()])

@@ -1,0 +1,165 @@
+"""Whole runs with real parts in one process: resume, export, run folder, commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ppo_dist.config import Config, InputError
+from ppo_dist.run import train
+from tests.conftest import raw_config
+
+TIMINGS = ("timing_s/", "perf/")
+SUPERVISED = {"kind": "supervised_first", "steps": 2, "then": 0.5}
+
+
+def config(folder: Path, steps: int, **sections: Any) -> Config:
+    sections = {"mix": {"schedule": SUPERVISED}, "eval": {"every": 1}, **sections}
+    learner = {"optimizer": "adamw", "lr": 1e-3, "critic_lr": 1e-3, **sections.pop("learner", {})}
+    return Config.model_validate(
+        raw_config(folder, train={"steps": steps}, learner=learner, **sections)
+    )
+
+
+def run(made: Config, resume: bool | Path = False) -> int:
+    return train(made, resume, Console(quiet=True))
+
+
+def numbers(folder: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith(TIMINGS)} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five uninterrupted steps: two supervised, three mixed."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert run(config(folder, 5)) == 0
+    return folder
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3])
+def test_resumed_equals_uninterrupted(tmp_path: Path, whole: Path, stop: int) -> None:
+    """Stopped within the supervised phase, at its end (before the reference is fixed), and after
+    it.
+    """
+    folder = tmp_path / "run"
+    assert run(config(folder, stop)) == 0
+    assert run(config(folder, 5), resume=True) == 0
+    assert numbers(folder) == numbers(whole)
+    assert numbers(whole)[-1]["objective/kl"] not in (None, 0.0)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_resume_at_other_zero_stages(tmp_path: Path, stage: int) -> None:
+    learner = {"zero_stage": stage}
+    assert run(config(tmp_path / "whole", 4, learner=learner)) == 0
+    assert run(config(tmp_path / "parts", 3, learner=learner)) == 0
+    assert run(config(tmp_path / "parts", 4, learner=learner), resume=True) == 0
+    assert numbers(tmp_path / "parts") == numbers(tmp_path / "whole")
+
+
+def test_a_damaged_checkpoint_is_skipped_and_named(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    train_keys = {"steps": 3, "checkpoint_every": 1}
+    raw = raw_config(folder, train=train_keys, eval={"every": 1})
+    assert run(Config.model_validate(raw)) == 0
+    newest = folder / "checkpoints" / "step-00000003"
+    victim = next(p for p in sorted(newest.rglob("*.pt")))
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(bytes(content))
+    before = numbers(folder)
+    raw["train"]["steps"] = 4
+    with pytest.raises(InputError, match=rf"{victim.name} is damaged"):
+        run(Config.model_validate(raw), resume=newest)
+    console = Console(record=True, width=500)
+    assert train(Config.model_validate(raw), True, console) == 0
+    said = console.export_text()
+    assert "step-00000003" in said and victim.name in said and "damaged" in said
+    assert numbers(folder)[:4] == before
+
+
+def test_export_loads_and_writes_what_the_last_evaluation_wrote(whole: Path) -> None:
+    samples = [json.loads(line) for line in (whole / "samples.jsonl").read_text().splitlines()]
+    greedy = [s for s in samples if s["step"] == 5 and s["uid"].startswith("held_out")]
+    assert len(greedy) == 4
+    for folder in ("policy", "policy-best"):
+        tokenizer = AutoTokenizer.from_pretrained(whole / folder)
+        model = AutoModelForCausalLM.from_pretrained(whole / folder, dtype=torch.float32)
+        assert model.config.architectures == ["GPT2LMHeadModel"]
+        for sample in greedy if folder == "policy" else []:
+            tokens = tokenizer(sample["prompt"], return_tensors="pt")["input_ids"]
+            out = model.generate(
+                tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=6
+            )
+            text = tokenizer.decode(out[0, tokens.shape[1] :], skip_special_tokens=True)
+            assert text == sample["response"]
+
+
+def test_a_complete_run_is_left_alone_and_an_open_one_refused(whole: Path, tmp_path: Path) -> None:
+    before = (whole / "metrics.jsonl").read_bytes()
+    console = Console(record=True, width=500)
+    assert train(config(whole, 5), False, console) == 0
+    assert "is complete" in console.export_text()
+    assert (whole / "metrics.jsonl").read_bytes() == before
+    with pytest.raises(InputError, match="--resume"):
+        run(config(whole, 6))
+    with pytest.raises(InputError, match=r"run\.seed"):
+        run(config(whole, 6, run={"dir": str(whole), "seed": 4}), resume=True)
+
+
+def test_interrupt_leaves_a_checkpoint(tmp_path: Path) -> None:
+    raw = raw_config(tmp_path / "run", train={"steps": 10_000})
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ppo_dist", "train", str(path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 90
+    while not (metrics.exists() and metrics.read_text().count("\n") > 2):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.2)
+    os.kill(process.pid, signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "--resume" in said, said
+    rows = numbers(tmp_path / "run")
+    assert run(Config.model_validate({**raw, "train": {"steps": len(rows)}}), resume=True) == 0
+    again = numbers(tmp_path / "run")
+    assert again[: len(rows)] == rows and len(again) == len(rows) + 1
+
+
+def test_commands_beside_training(whole: Path, tmp_path: Path) -> None:
+    def command(*arguments: str | Path) -> str:
+        result = subprocess.run(
+            [sys.executable, "-m", "ppo_dist", *map(str, arguments)], capture_output=True, text=True
+        )
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    said = command("train", whole / "config.yaml", "--dry-run", f"run.dir={tmp_path / 'dry'}")
+    assert "●" in said and "verifiable" in said and not (tmp_path / "dry").exists()
+    evaluated = json.loads(command("eval", whole / "config.yaml").strip().splitlines()[-1])
+    last = numbers(whole)[-1]
+    for key in ("eval/held_out/accuracy", "eval/held_out/sampled_accuracy"):
+        assert evaluated[key] == last[key]
+    command("export", whole / "checkpoints" / "step-00000005", tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (
+        whole / "policy" / "model.safetensors"
+    ).read_bytes()

@@ -1,0 +1,83 @@
+"""The import table of docs/design.md: who may import whom, and where the heavy libraries may
+appear.
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent / "ppo_dist"
+BASE = {"config", "types", "protocols", "device", "files"}
+LEAF = {*BASE, "models"}
+ALLOWED = {
+    "config": {"config"},
+    "types": {"config"},
+    "protocols": {"config", "types"},
+    "device": {"config", "types"},
+    "files": {"config"},
+    "algo": {"algo", "types", "config"},
+    "semi": {"semi", "types", "config"},
+    "data": {"data", *BASE},
+    "rewards": {"rewards", *LEAF},
+    "models": {"models", *BASE},
+    "transport": {"transport", *BASE},
+    "tracking": {"tracking", *BASE},
+    "rollout": {"rollout", "models", "transport", "tracking", *BASE},
+    "learner": {
+        "learner", "algo", "models", "transport", "data.batching", "tracking.metrics", *BASE
+    },
+    "cluster": {"cluster", "rollout", "learner", "rewards", *BASE},
+    "coordinator": {
+        "coordinator", "algo", "semi", "data", "tracking.metrics", "config", "types", "protocols",
+        "files",
+    },
+}  # fmt: skip
+HEAVY = {
+    "torch": {"types", "protocols", "device", "algo", "semi", "models", "transport", "rollout",
+              "learner", "coordinator", "fetch"},
+    "deepspeed": {"learner.engine"},
+    "ray": {"cluster", "transport.store"},
+    "wandb": {"tracking.wandb"},
+    "vllm": {"rollout.vllm"},
+}  # fmt: skip
+
+
+def imports(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def inside(name: str, places: set[str]) -> bool:
+    return any(name == place or name.startswith(f"{place}.") for place in places)
+
+
+def test_import_table() -> None:
+    wrong = []
+    for path in sorted(ROOT.rglob("*.py")):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        package = name.split(".")[0]
+        for module in imports(path):
+            inner = module.removeprefix("ppo_dist.")
+            known = inner.split(".")[0] in ALLOWED
+            judged = package in ALLOWED and module.startswith("ppo_dist.") and known
+            allowed = ALLOWED.get(package, set())
+            if judged and not any(inside(inner, {a}) or inside(a, {inner}) for a in allowed):
+                wrong.append(f"{name} imports {module}")
+            top = module.split(".")[0]
+            if top in HEAVY and not inside(name, HEAVY[top]):
+                wrong.append(f"{name} imports {module}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_config_is_light() -> None:
+    import subprocess
+    import sys
+
+    code = "import sys, ppo_dist.config.load, ppo_dist.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

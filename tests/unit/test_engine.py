@@ -1,0 +1,129 @@
+"""The hf engine against transformers itself, and the determinism that it promises."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from ppo_dist.data.chunks import chunks
+from ppo_dist.models.policy import load_policy
+from ppo_dist.rollout.hf import HfEngine
+from ppo_dist.types import Prompt, Rollout, Sampling
+
+EOS = 1
+
+
+def engine(tiny_model: Path) -> HfEngine:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    model = load_policy(str(tiny_model), torch.float32)
+    return HfEngine(model, tokenizer, frozenset({EOS}), torch.device("cpu"))
+
+
+def prompts(count: int = 7) -> list[Prompt]:
+    rng = np.random.default_rng(0)
+    return [
+        Prompt(f"p:{i}", "verifiable", "", rng.integers(3, 18, int(rng.integers(1, 9))))
+        for i in range(count)
+    ]
+
+
+def generate(tiny_model: Path, temperature: float, group: int = 2, size: int = 6) -> list[Rollout]:
+    sampling = Sampling(temperature, max_new_tokens=12, seed=0, stream="train")
+    made = chunks(prompts(), group, size, step=4, version=0, sampling=sampling)
+    worker = engine(tiny_model)
+    return [rollout for chunk in made for rollout in worker.generate(chunk)]
+
+
+def plain(tiny_model: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+
+
+def test_greedy_equals_transformers_generate(tiny_model: Path) -> None:
+    model = plain(tiny_model)
+    for rollout in generate(tiny_model, temperature=0.0, group=1):
+        tokens = torch.from_numpy(rollout.prompt.tokens_P)[None]
+        expected = model.generate(
+            tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=12,
+            eos_token_id=EOS, pad_token_id=0,
+        )  # fmt: skip
+        assert rollout.tokens_R.tolist() == expected[0, tokens.shape[1] :].tolist()
+
+
+def test_logprobs_are_those_of_a_plain_forward_pass(tiny_model: Path) -> None:
+    model = plain(tiny_model)
+    for rollout in generate(tiny_model, temperature=0.7):
+        prompt = torch.from_numpy(rollout.prompt.tokens_P)
+        response = torch.from_numpy(rollout.tokens_R)
+        with torch.no_grad():
+            logits = (
+                model(torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1 : -1] / 0.7
+            )
+        expected = logits.log_softmax(-1).gather(-1, response[:, None])[:, 0]
+        assert np.allclose(rollout.logprobs_R, expected.numpy(), atol=2e-5)
+
+
+def test_stops_at_eos_or_at_the_limit_and_says_which(tiny_model: Path) -> None:
+    rollouts = generate(tiny_model, temperature=2.0, group=16)
+    assert {r.finish for r in rollouts} == {"eos", "length"}
+    for rollout in rollouts:
+        tokens = rollout.tokens_R.tolist()
+        assert EOS not in tokens[:-1]
+        assert (tokens[-1] == EOS) == (rollout.finish == "eos")
+        assert rollout.finish == "eos" or len(tokens) == 12
+
+
+def test_tokens_do_not_depend_on_the_cut_into_chunks(tiny_model: Path) -> None:
+    def by_key(size: int) -> dict[tuple[str, int], list[int]]:
+        rollouts = generate(tiny_model, temperature=1.0, size=size)
+        return {(r.prompt.uid, r.index): r.tokens_R.tolist() for r in rollouts}
+
+    assert by_key(3) == by_key(64)
+
+
+def test_other_indices_seeds_and_steps_give_other_tokens(tiny_model: Path) -> None:
+    worker = engine(tiny_model)
+
+    def tokens(step: int, seed: int, stream: str) -> list[list[int]]:
+        sampling = Sampling(1.0, 12, seed, stream)
+        (chunk,) = chunks(prompts(1), 2, 8, step, 0, sampling)
+        return [r.tokens_R.tolist() for r in worker.generate(chunk)]
+
+    base = tokens(0, 0, "train")
+    assert base[0] != base[1]
+    assert base == tokens(0, 0, "train")
+    assert base != tokens(1, 0, "train")
+    assert base != tokens(0, 1, "train")
+    assert base != tokens(0, 0, "eval")
+
+
+def test_sampling_follows_the_distribution(tiny_model: Path) -> None:
+    """First tokens of 4,000 responses against the model's own probabilities (chi-square)."""
+    worker, model, prompt = engine(tiny_model), plain(tiny_model), prompts(1)
+    (chunk,) = chunks(prompt, 4000, 4000, 0, 0, Sampling(1.0, 1, 0, "train"))
+    first = np.array([r.tokens_R[0] for r in worker.generate(chunk)])
+    with torch.no_grad():
+        logits = model(torch.from_numpy(prompt[0].tokens_P)[None]).logits[0, -1]
+    expected = logits.softmax(-1).double().numpy() * len(first)
+    seen = np.bincount(first, minlength=len(expected))
+    statistic = float((((seen - expected) ** 2) / expected).sum())
+    degrees = len(expected) - 1
+    assert statistic < degrees + 4 * (2 * degrees) ** 0.5
+
+
+def test_refuses_another_version_and_wrong_weights(tiny_model: Path) -> None:
+    worker = engine(tiny_model)
+    (chunk,) = chunks(prompts(1), 1, 8, 0, 3, Sampling(1.0, 2, 0, "train"))
+    with pytest.raises(ValueError, match="version 3"):
+        worker.generate(chunk)
+    good = dict(plain(tiny_model).named_parameters())
+    name = next(iter(good))
+    with pytest.raises(ValueError, match="no weights for"):
+        worker.load(3, [(n, t) for n, t in good.items() if n != name])
+    with pytest.raises(ValueError, match=name):
+        worker.load(3, [(name, torch.zeros(3))])
+    worker.load(3, good.items())
+    assert worker.generate(chunk)[0].version == 3

@@ -1,0 +1,264 @@
+"""Metrics rows: what each number means, and that nothing to count is None."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from ppo_dist.config import Config
+from ppo_dist.tracking.console import Several, Terminal, describe
+from ppo_dist.tracking.metrics import STAGES, Stopwatch, evaluation, keys, step_row, timings
+from ppo_dist.types import (
+    Annotation,
+    Coefficients,
+    MixPlan,
+    Prompt,
+    Rollout,
+    Score,
+    Scored,
+    StepReport,
+    TermSums,
+    TokenCounts,
+    TrainSequence,
+    UpdateReport,
+)
+
+PLAN = MixPlan({"labelled": 1, "verifiable": 2, "unlabelled": 0}, 4, mu=0.3, policy_coef=0.7)
+COEFFICIENTS = Coefficients(policy=0.7, value=0.5, mu=0.3, lr=1e-3, critic_lr=2e-3)
+
+
+def floats(*values: float) -> np.ndarray:
+    return np.array(values, np.float32)
+
+
+def scored(
+    origin: str, reward: float, length: int, finish: str = "eos", version: int = 4
+) -> Scored:
+    prompt = Prompt(f"{origin}/0:0", origin, "q", np.ones(1, np.int64))  # type: ignore[arg-type]
+    tokens, logprobs = np.ones(length, np.int64), np.full(length, -1, np.float32)
+    fault = "oops" if reward == 0 else None
+    made = Rollout(prompt, 0, tokens, logprobs, "r", finish, version)  # type: ignore[arg-type]
+    return Scored(made, Score(reward, "s", fault))
+
+
+def sequence(returns: list[float], values: list[float]) -> TrainSequence:
+    one = np.ones(len(returns), np.float32)
+    tokens = np.ones(len(returns) + 1, np.int64)
+    return TrainSequence("u", tokens, 1, one, one, one, one, floats(*returns), one, floats(*values))
+
+
+ROLLOUTS = [
+    scored("labelled", 1.0, 2, version=3),
+    scored("verifiable", 0.0, 1, finish="length"),
+    scored("verifiable", 0.5, 3),
+]
+ANNOTATIONS = [
+    Annotation(floats(-1, -2), floats(-2, -2), floats(0, 0), 0.0),
+    Annotation(floats(-1), floats(-0.5), floats(0), 0.0),
+    Annotation(floats(-1, -1, -1.5), floats(-2, -2, -2.5), floats(0, 0, 0), 0.0),
+]
+SUMS = TermSums(-3.0, 1.0, 0.5, 12.0, 6.0, 2.0, 8.0, 3.0)
+REPORT = StepReport(
+    (
+        UpdateReport(TokenCounts(policy=4, value=4, ce=10), SUMS, 1.0, 3.0),
+        UpdateReport(TokenCounts(policy=2, value=2, ce=6), SUMS, 2.0, None),
+    )
+)
+
+
+def test_the_row_of_a_step() -> None:
+    sequences = [sequence([1, 2], [1, 1]), sequence([3, 6], [3, 4])]
+    row = step_row(PLAN, COEFFICIENTS, 4, ROLLOUTS, ANNOTATIONS, sequences, REPORT)
+    assert row == pytest.approx(
+        {
+            "reward/labelled/mean": 1.0,
+            "reward/verifiable/mean": 0.25,
+            "reward/unlabelled/mean": None,
+            "reward/faults": 1.0,
+            "objective/kl": (1.0 - 0.5 + 3.0) / 3,  # per sequence, summed over its tokens
+            "rollout/tokens": 6.0,
+            "rollout/length_mean": 2.0,
+            "rollout/truncated_rate": 1 / 3,
+            "rollout/logprob_gap": 1.5 / 6,  # over all tokens
+            "rollout/version_lag": 1 / 3,
+            "policy/loss": -6 / 6,
+            "policy/approx_kl": 1 / 6,
+            "policy/clip_fraction": 2 / 6,
+            "policy/entropy": 24 / 6,
+            "policy/grad_norm": 1.5,
+            "policy/lr": 1e-3,
+            "critic/loss": 12 / 6,
+            "critic/clip_fraction": 4 / 6,
+            "critic/grad_norm": 3.0,
+            "critic/lr": 2e-3,
+            # returns 1 2 3 6 (variance 3.5), errors 0 1 0 2 (variance 0.6875)
+            "critic/explained_variance": 1 - 0.6875 / 3.5,
+            "sup/loss": 1.0,
+            "sup/accuracy": 6 / 16,
+            "sup/tokens": 16.0,
+            "semi/labelled_share": 16 / 22,
+            "semi/mu": 0.3,
+        }
+    )
+
+
+def supervised_row() -> dict[str, float | None]:
+    sums = TermSums(ce_loss=5.0, ce_correct=4.0)
+    report = StepReport((UpdateReport(TokenCounts(0, 0, 10), sums, 1.0, None),))
+    return step_row(PLAN, COEFFICIENTS, 4, [], [], [], report)
+
+
+def test_without_rollouts_there_is_none_and_not_nought() -> None:
+    row = supervised_row()
+    counted = {k for k, value in row.items() if value is not None}
+    assert counted == {
+        "rollout/tokens",
+        "policy/grad_norm",
+        "policy/lr",
+        "critic/lr",
+        "sup/loss",
+        "sup/accuracy",
+        "sup/tokens",
+        "semi/mu",
+        "semi/labelled_share",
+    }
+    assert row["rollout/tokens"] == 0.0
+    assert (row["sup/loss"], row["sup/accuracy"]) == (0.5, 0.4)
+    assert row["semi/labelled_share"] == 1.0
+
+
+def test_without_labelled_examples_there_is_no_supervised_loss() -> None:
+    report = StepReport((UpdateReport(TokenCounts(6, 6, 0), SUMS, 1.0, 1.0),))
+    row = step_row(PLAN, COEFFICIENTS, 4, ROLLOUTS, ANNOTATIONS, [], report)
+    assert (row["sup/loss"], row["sup/accuracy"], row["sup/tokens"]) == (None, None, 0.0)
+    assert row["semi/labelled_share"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("returns", "values", "explained"),
+    [
+        ([1, 3], [1, 3], 1.0),
+        ([1, 3], [5, 7], 1.0),  # a constant error is not counted: only the variance
+        ([1, 3], [9, 9], 0.0),
+        ([1, 3], [3, 1], -3.0),
+        ([2, 2], [1, 3], None),
+    ],
+)
+def test_explained_variance(
+    returns: list[float], values: list[float], explained: float | None
+) -> None:
+    row = step_row(PLAN, COEFFICIENTS, 0, [], [], [sequence(returns, values)], REPORT)
+    got = row["critic/explained_variance"]
+    assert got == (explained if explained is None else pytest.approx(explained))
+
+
+def test_evaluation() -> None:
+    greedy = [scored("labelled", r, 1) for r in (1.0, 0.5, 1.5, 0.0)]
+    row = evaluation(greedy, [scored("labelled", 1.0, 1)])
+    assert row == {
+        "eval/held_out/accuracy": 0.5,
+        "eval/held_out/reward": 0.75,
+        "eval/held_out/sampled_accuracy": 1.0,
+    }
+    assert evaluation(greedy, [])["eval/held_out/sampled_accuracy"] is None
+
+
+def test_timings() -> None:
+    seconds = {**dict.fromkeys(STAGES, 0.5), "step": 2.0}
+    row = timings(seconds, {"rollout/tokens": 30.0, "sup/tokens": 10.0})
+    assert row["perf/tokens_per_s"] == 20.0
+    assert row["timing_s/update"] == 0.5
+    assert timings(seconds, {"sup/tokens": 10.0})["perf/tokens_per_s"] == 5.0
+    assert timings(seconds, {"rollout/tokens": 0.0})["perf/tokens_per_s"] is None
+    assert timings({"step": 0.0}, {"sup/tokens": 1.0})["perf/tokens_per_s"] is None
+
+
+def test_the_stopwatch_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([10.0, 11.5, 20.0, 20.25, 30.0, 37.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(times))
+    watch = Stopwatch()
+    for _ in range(2):
+        with watch("update"):
+            pass
+    with pytest.raises(KeyError), watch("save"):
+        raise KeyError
+    assert watch.seconds == {**dict.fromkeys(STAGES, 0.0), "update": 1.75, "save": 7.0}
+
+
+def config(*origins: str, held_out: bool = False) -> Config:
+    return Config.model_validate(
+        {
+            "run": {"dir": "x"},
+            "train": {"steps": 1},
+            "model": {"path": "m"},
+            "data": {
+                **dict.fromkeys(origins, "f.jsonl"),
+                **({"held_out": "h.jsonl"} if held_out else {}),
+            },
+            "reward": {"verifiable": "exact", "labelled": "exact"},
+        }
+    )
+
+
+def test_keys_name_everything_that_a_run_tells() -> None:
+    told = step_row(PLAN, COEFFICIENTS, 4, ROLLOUTS, ANNOTATIONS, [], REPORT)
+    told |= timings(Stopwatch().seconds, told) | evaluation([], [])
+    named = keys(config("labelled", "verifiable", "unlabelled", held_out=True))
+    assert len(named) == len(set(named))
+    assert set(named) == set(told)
+    # a supervised step has the very same keys
+    assert set(supervised_row()) <= set(named)
+    # and what a run has no data for, it does not name
+    fewer = keys(config("verifiable"))
+    assert set(told) - set(fewer) == {
+        "reward/labelled/mean",
+        "reward/unlabelled/mean",
+        *evaluation([], []),
+    }
+    assert set(fewer) <= set(told)
+
+
+def test_sums_add_up_field_by_field() -> None:
+    assert SUMS + TermSums(ce_loss=1.0) == TermSums(-3.0, 1.0, 0.5, 12.0, 6.0, 2.0, 9.0, 3.0)
+
+
+def test_describe_leaves_out_what_has_no_number() -> None:
+    row = {"reward/verifiable/mean": None, "reward/labelled/mean": 0.25, "sup/loss": None}
+    assert describe(row) == "reward 0.250"
+    row |= {"objective/kl": -0.5, "perf/tokens_per_s": 1234.6, "eval/held_out/accuracy": 0.125}
+    assert describe(row) == "reward 0.250  KL -0.500  tokens/s 1235  held-out 12.5%"
+    assert describe({}) == ""
+
+
+def test_a_terminal_that_is_none_gets_plain_lines() -> None:
+    text = io.StringIO()
+    terminal = Terminal(Console(file=text, width=100), total=2, done=0)
+    terminal.log(2, {"sup/loss": 0.5})
+    terminal.table(2, [{"response": "hidden"}])
+    terminal.close()
+    assert text.getvalue().startswith("step 2/2  sup 0.500  0 s left")
+    assert "hidden" not in text.getvalue()
+
+
+def test_several_trackers_get_the_same() -> None:
+    class Notes:
+        def __init__(self) -> None:
+            self.seen: list[object] = []
+
+        def log(self, *given: object) -> None:
+            self.seen.append(given)
+
+        table = log
+
+        def close(self) -> None:
+            self.seen.append("closed")
+
+    notes = [Notes(), Notes()]
+    both = Several(notes)
+    both.log(1, {"a": 2.0})
+    both.table(1, [{"b": "c"}])
+    both.close()
+    assert notes[0].seen == notes[1].seen == [(1, {"a": 2.0}), (1, [{"b": "c"}]), "closed"]
