@@ -46,6 +46,8 @@ def damage(folder: Path) -> str | None:
     try:
         sums = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError):
+        sums = None
+    if not isinstance(sums, dict):
         return f"{folder.name}: {MANIFEST} is missing or unreadable"
     for name, digest in sums.items():
         path = folder / name

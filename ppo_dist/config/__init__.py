@@ -84,6 +84,9 @@ def impossible(config: Config) -> list[str]:
         problems.append(
             "cluster.kind local runs one learner and one rollout worker: set both `workers` to 1"
         )
+    mixed = mu.then if isinstance(mu, SupervisedFirst) else mu
+    if c.mix.policy_coef == "complement" and peak(mixed) > 1:
+        problems.append("mix.policy_coef complement is 1−μ, so μ (mix.schedule) must not pass 1")
     if peak(c.mix.labelled_batch) > 0 and not c.data.labelled:
         problems.append("mix.labelled_batch is above 0, but data.labelled is empty")
     if isinstance(mu, SupervisedFirst) and peak(c.mix.labelled_batch) == 0:
@@ -102,7 +105,7 @@ def impossible(config: Config) -> list[str]:
         problems.append("mix.prompts is above 0, but every one of mix.shares is 0")
     if c.reward.unlabelled is not None and sees_answer(c.reward.unlabelled):
         problems.append(
-            "reward.unlabelled must not see an answer: only regex, or a weighted sum of it, is allowed"
+            "reward.unlabelled must not see an answer: only regex, or sums of regex, are allowed"
         )
     if c.data.held_out and c.reward.labelled is None:
         problems.append("data.held_out needs reward.labelled to be evaluated")

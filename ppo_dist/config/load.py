@@ -49,7 +49,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
         raise InputError(f"{path}: a config is a mapping of sections, such as `run:` and `train:`")
@@ -63,7 +63,7 @@ def _override(raw: dict[str, Any], override: str) -> None:
         raise InputError(f"{override!r}: an override is written key.sub=value")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         raise InputError(f"{override!r}: the value is not valid YAML") from None
     node = raw
     for part in parts[:-1]:
@@ -122,9 +122,12 @@ def _walk(loc: Iterable[int | str]) -> tuple[list[str], type[Section] | None]:
         if len(candidates) > 1 and tagged:
             candidates = tagged
             continue
-        path.append(str(part))
         if isinstance(part, int):
+            path.append(str(part))
             continue
+        if not candidates:  # below a plain value stand names of types, which no user wrote
+            continue
+        path.append(str(part))
         section = candidates[0] if candidates else None
         field = section.model_fields.get(part) if section else None
         candidates = list(_sections(field.annotation)) if field else []

@@ -21,7 +21,8 @@ def cut(lengths: Sequence[int], ranks: int, budget: int) -> list[list[list[int]]
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     total = sum(lengths)
-    per_rank = max(1, -(-total // (budget * ranks)))
+    at_most = -(-len(lengths) // ranks)
+    per_rank = max(1, min(-(-total // (budget * ranks)), at_most))
     while True:
         bins = _emptiest_first(order, lengths, per_rank * ranks)
         if all(len(b) <= 1 or sum(lengths[i] for i in b) <= budget for b in bins):

@@ -80,8 +80,8 @@ def _row(
     prompt = _prompt(source, prompt_column, where, fields)
     if origin == "unlabelled":
         return Row(uid, where, prompt, None, None, None)
-    response = _shaped(source.response_template, fields, where) or fields.get(response_column)
-    answer = _answer(fields.get(answer_column))
+    response = _shaped(source.response_template, fields, where, fields.get(response_column))
+    answer = _answer(fields.get(answer_column), answer_column, where, needs_answer)
     if origin == "labelled":
         if not isinstance(response, str) or not response:
             raise InputError(
@@ -90,15 +90,20 @@ def _row(
         answer = response if answer is None else answer
     if needs_answer and checker is None and answer is None:
         raise InputError(
-            f"{where}: {answer_column!r} must be a text or a number, "
-            f"the reward compares with it{_has(fields)}"
+            f"{where}: {answer_column!r} is missing, the reward compares with it{_has(fields)}"
         )
     return Row(uid, where, prompt, response if origin == "labelled" else None, answer, checker)
 
 
-def _answer(value: Any) -> str | None:
+def _answer(value: Any, column: str, where: str, needed: bool) -> str | None:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return str(value) if is_number or isinstance(value, str) else None
+    if is_number or isinstance(value, str):
+        return str(value)
+    if needed and value is not None:
+        raise InputError(
+            f"{where}: {column!r} must be a text or a number, the reward compares with it"
+        )
+    return None
 
 
 def _names(source: AnySource) -> tuple[str, str, str]:
@@ -114,7 +119,7 @@ def _has(fields: Mapping[str, Any]) -> str:
 def _prompt(
     source: AnySource, column: str, where: str, fields: Mapping[str, Any]
 ) -> str | list[dict[str, str]]:
-    prompt = _shaped(source.prompt_template, fields, where) or fields.get(column)
+    prompt = _shaped(source.prompt_template, fields, where, fields.get(column))
     if isinstance(prompt, str) and prompt:
         return prompt
     if prompt is None or prompt == "":
@@ -132,12 +137,12 @@ def _is_message(value: Any) -> bool:
     )
 
 
-def _shaped(template: str | None, fields: Mapping[str, Any], where: str) -> str | None:
+def _shaped(template: str | None, fields: Mapping[str, Any], where: str, otherwise: Any) -> Any:
     if template is None:
-        return None
+        return otherwise
     try:
         return template.format_map(fields)
-    except (KeyError, IndexError, ValueError) as error:
+    except (LookupError, ValueError, TypeError, AttributeError) as error:
         raise InputError(
             f"{where}: the template does not fit the row: {error}{_has(fields)}"
         ) from None

@@ -42,4 +42,4 @@ def last_number(text: str) -> str | None:
 def after(text: str, marker: str) -> str | None:
     """What stands on the same line after the last occurrence of the marker."""
     _, found, rest = text.rpartition(marker)
-    return first_line(rest) if found else None
+    return rest.partition("\n")[0].strip() or None if found else None

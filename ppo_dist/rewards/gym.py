@@ -30,7 +30,8 @@ def gym(rule: GymReward) -> Judge:
         score = float(
             _task(checker.task, json.dumps(checker.options)).score_answer(found, checker.entry)
         )
-        return float(score >= 1.0) if rule.strict else score
+        # some scores add up parts to slightly more than 1 for an answer that goes on after its end
+        return float(score == 1.0) if rule.strict else min(score, 1.0)
 
     return judge
 

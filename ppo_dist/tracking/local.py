@@ -44,12 +44,17 @@ def record_event(folder: Path, kind: str, **details: Any) -> None:
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a .jsonl file that the run wrote; a last line that was cut off is left out."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in _lines(path):
         try:
             rows.append(json.loads(line))
         except ValueError:
-            break
+            break  # the empty rest after the last line, or a line that was cut off
     return rows
+
+
+def _lines(path: Path) -> list[str]:
+    # not splitlines(): a response may hold any of Unicode's other line separators
+    return path.read_text(encoding="utf-8").split("\n") if path.exists() else []
 
 
 def _keep(path: Path, after_step: int | None) -> None:

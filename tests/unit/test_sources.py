@@ -165,7 +165,7 @@ def test_verifiable_rows_have_an_answer_and_no_response(tmp_path: Path) -> None:
     assert (row.response, row.answer) == (None, "2")
     source = jsonl(tmp_path, ROWS[1])
     message = said(source, "verifiable")
-    assert message.startswith(f"{source.path}, line 1: 'answer' must be a text or a number")
+    assert message.startswith(f"{source.path}, line 1: 'answer' is missing")
     assert read([source], "verifiable", "verifiable", needs_answer=False)[0].answer is None
 
 
