@@ -50,6 +50,7 @@ def check(config: Config) -> Rows:
     for path in (config.model.path, config.reference.path, config.critic.path):
         if path is not None:
             check_model(path)
+    reward_source(config)  # says what is wrong with a pattern
     rewards = dict(config.reward)
     prompts: dict[Origin, Sequence[Row]] = {
         origin: read(dict(config.data)[origin], origin, origin, _compares(rewards[origin]))

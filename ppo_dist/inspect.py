@@ -29,7 +29,6 @@ def dry_run(config: Config, console: Console) -> None:
     from ppo_dist.run import encode
 
     rows = build.check(config)
-    build.reward_source(config)
     with tempfile.TemporaryDirectory() as scratch:
         here = config.model_copy(update={"run": config.run.model_copy(update={"dir": scratch})})
         model_path = build.model_folder(here, rows)

@@ -24,7 +24,7 @@ from ppo_dist.coordinator.stream import Stream
 from ppo_dist.data.encode import Encoder
 from ppo_dist.protocols import Tracker
 from ppo_dist.semi.schedule import Scheduled
-from ppo_dist.tracking.console import Several, Terminal
+from ppo_dist.tracking.console import Several, Terminal, summary
 from ppo_dist.tracking.local import JsonLines, read_rows, record_event
 from ppo_dist.types import LabelledExample, Prompt
 
@@ -105,7 +105,7 @@ def train(config: Config, resume: bool | Path, console: Console) -> int:
         record_event(folder, "interrupted", step=loop.state.step)
         console.print(f"stopped after step {loop.state.step}; `--resume` goes on from there")
         return 130
-    _finish(folder, loop.state)
+    _finish(folder, loop.state, console)
     return 0
 
 
@@ -205,22 +205,22 @@ def _tracker(
     return Several(trackers)
 
 
-def _finish(folder: Path, state: RunState) -> None:
-    rows = [
-        row
-        for row in read_rows(folder / "metrics.jsonl")
+def _finish(folder: Path, state: RunState, console: Console) -> None:
+    rows = read_rows(folder / "metrics.jsonl")
+    evaluations = [
+        {key: value for key, value in row.items() if key == "step" or key.startswith("eval/")}
+        for row in rows
         if row.get("eval/held_out/accuracy") is not None
     ]
-    evaluations = [
-        {"step": r["step"], **{k: v for k, v in r.items() if k.startswith("eval/")}} for r in rows
-    ]
-    summary = {
+    written = {
         "steps": state.step,
         "best_step": state.best_step,
         "best_accuracy": state.best,
         "evaluations": evaluations,
     }
-    (folder / SUMMARY).write_text(json.dumps(summary, indent=1))
+    (folder / SUMMARY).write_text(json.dumps(written, indent=1))
+    console.print(summary(rows))
+    console.print(f"policy: {folder}/policy", highlight=False, soft_wrap=True)
 
 
 @contextlib.contextmanager

@@ -40,6 +40,7 @@ def session(config: Config) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
     if address:
         try:

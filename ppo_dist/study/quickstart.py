@@ -40,7 +40,6 @@ def main(overrides: Sequence[str]) -> int:
         print(f"quickstart: {error}", file=sys.stderr)
         return 2
     console.print(table(config, _summary(config), _summary(control)))
-    console.print(f"policy: {config.run.dir}/policy  metrics: {config.run.dir}/metrics.jsonl")
     return 0
 
 

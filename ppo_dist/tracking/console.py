@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 PLAIN_EVERY_S = 10.0
 
@@ -42,7 +43,9 @@ class Terminal:
             self._last = now
             per_step = (now - self._begin) / max(step - self._done_before, 1)
             left = f"  {per_step * (self._total - step):.0f} s left" if step else ""
-            self._console.print(f"step {step}/{self._total}  {line}{left}", highlight=False)
+            self._console.print(
+                f"step {step}/{self._total}  {line}{left}", highlight=False, soft_wrap=True
+            )
 
     def table(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Samples are not shown."""
@@ -51,6 +54,32 @@ class Terminal:
         """See Tracker."""
         if self._console.is_terminal:
             self._progress.stop()
+
+
+def summary(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """How a run went: its first and last evaluation, its best, and what it took, out of its metrics
+    rows.
+    """
+    evaluated = [row for row in rows if row.get("eval/held_out/accuracy") is not None]
+    table = Table("held-out set", "step", "greedy accuracy", "sampled accuracy")
+    if evaluated:
+        best = max(evaluated, key=lambda row: row["eval/held_out/accuracy"])
+        for title, row in (("first", evaluated[0]), ("best", best), ("last", evaluated[-1])):
+            sampled = row["eval/held_out/sampled_accuracy"]
+            table.add_row(
+                title,
+                str(row["step"]),
+                f"{row['eval/held_out/accuracy']:.1%}",
+                "–" if sampled is None else f"{sampled:.1%}",
+            )
+    seconds = sum(row["timing_s/step"] or 0.0 for row in rows)
+    responses = sum(row["rollout/tokens"] or 0.0 for row in rows)
+    labelled = sum(row["sup/tokens"] or 0.0 for row in rows)
+    table.caption = (
+        f"{rows[-1]['step']} steps in {seconds:.0f} s: {responses:.0f} tokens written, "
+        f"{labelled:.0f} labelled tokens learned"
+    )
+    return table
 
 
 def describe(metrics: Mapping[str, float | None]) -> str:
