@@ -103,6 +103,17 @@ def _on_hub(name: str) -> bool:
         return False
 
 
+def located(config: Config) -> Config:
+    """The same config with absolute folders: workers may run in another working directory."""
+    moved = {"run": config.run.model_copy(update={"dir": str(Path(config.run.dir).resolve())})}
+    for name in ("model", "reference", "critic"):
+        section = dict(config)[name]
+        if section.path is not None and Path(section.path).is_dir():
+            path = str(Path(section.path).resolve())
+            moved[name] = section.model_copy(update={"path": path})
+    return config.model_copy(update=moved)
+
+
 # ── rewards and other pure parts ──────────────────────────────────────────────────────────────────
 
 

@@ -88,6 +88,8 @@ def evaluate(config: Config, policy: str | None, console: Console) -> None:
         raise InputError("data.held_out is empty: there is nothing to evaluate on")
     path = policy or str(Path(config.run.dir) / "policy")
     build.check_model(path)
+    config = build.located(config)
+    path = str(Path(path).resolve()) if Path(path).is_dir() else path
     encoded = encode(config, build.check(config), path)
     with build.cluster(config), build.rollout_pool(config, path) as pool:
         row, _ = Evaluator(config, encoded.held_out, pool, build.reward_source(config))(version=0)
@@ -112,9 +114,11 @@ def export(checkpoint: Path, out: Path) -> None:
     folder = checkpoint.resolve().parent.parent
     if not (folder / "config.yaml").exists():
         raise InputError(f"{checkpoint}: is not inside a run folder (RUN/checkpoints/step-…)")
-    config = Config.model_validate(yaml.safe_load((folder / "config.yaml").read_text()))
+    raw = yaml.safe_load((folder / "config.yaml").read_text())
+    raw["run"]["dir"] = str(folder)  # wherever the folder is by now
+    config = build.located(Config.model_validate(raw))
     rows = build.check(config)
     model_path = build.model_folder(config, rows)
-    with build.cluster(config), build.learners(config, model_path, checkpoint) as group:
-        group.save(policy=out)
+    with build.cluster(config), build.learners(config, model_path, checkpoint.resolve()) as group:
+        group.save(policy=out.resolve())
     print(f"wrote {out}")

@@ -72,6 +72,7 @@ def train(config: Config, resume: bool | Path, console: Console) -> int:
     checkpoint, state, parts_state = _starting_point(config, folder, resume, console)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(dump(config), encoding="utf-8")
+    config = build.located(config)
     model_path = build.model_folder(config, rows)
     encoded = encode(config, rows, model_path)
     for what, count in encoded.counts.items():
@@ -162,9 +163,10 @@ def _starting_point(
             )
         return None, RunState(), {}
     if isinstance(resume, Path):
-        chosen: Path | None = resume
+        chosen: Path | None = resume.resolve()
     else:
-        chosen, problems = Checkpoints(folder, config.train.keep_checkpoints).newest_whole()
+        checkpoints = Checkpoints(folder.resolve(), config.train.keep_checkpoints)
+        chosen, problems = checkpoints.newest_whole()
         for problem in problems:
             console.print(f"skipped a checkpoint: {problem}")
         if chosen is None and problems:

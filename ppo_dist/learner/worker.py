@@ -153,32 +153,29 @@ class LearnerWorker:
         They come through a folder on disk, so that under ZeRO-3 no rank ever holds a whole model.
         """
         current = self._model_path
-        wants_reset = (
-            self._config.reference.path is None
-            and self._config.reference.reset == "after_supervised"
-        )
-        if self._trained and (wants_reset or self._config.critic.path is None):
+        if self._trained and (self._resets_reference or self._config.critic.path is None):
             folder = Path(self._config.run.dir) / "reference"
             self.save_policy(folder)
             current = str(folder)
-            self._reference_folder = folder if wants_reset else None
-        self._load_reference(
-            current if wants_reset else self._config.reference.path or self._model_path
-        )
+            self._reference_folder = folder if self._resets_reference else None
+        self._load_reference(current if self._resets_reference else self._initial_reference)
         self._critic = self._load_critic(self._config.critic.path or current)
+
+    @property
+    def _resets_reference(self) -> bool:
+        reference = self._config.reference
+        return reference.path is None and reference.reset == "after_supervised"
+
+    @property
+    def _initial_reference(self) -> str:
+        return self._config.reference.path or self._model_path
 
     def _resume(self, folder: Path) -> None:
         self._policy.load(folder / "policy")
         if (folder / "critic").exists():
             kept = folder / "reference"
-            if kept.exists():
-                self._reference_folder = kept
-            wants_reset = (
-                self._config.reference.path is None
-                and self._config.reference.reset == "after_supervised"
-            )
-            initial = self._config.reference.path or self._model_path
-            self._load_reference(str(kept) if wants_reset and kept.exists() else initial)
+            self._reference_folder = kept if kept.exists() else None
+            self._load_reference(str(self._reference_folder or self._initial_reference))
             self._critic = self._load_critic(self._config.critic.path or self._model_path)
             self._critic.load(folder / "critic")
         torch.set_rng_state(torch.load(folder / f"random-{self._seat.rank}.pt", weights_only=True))

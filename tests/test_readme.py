@@ -1,0 +1,57 @@
+"""What the README says is there, and its example works."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from ppo_dist.config.load import load
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_tree_names_every_module_and_no_other() -> None:
+    tree = README[README.index("```\nppo_dist/\n") :]
+    listed: set[str] = set()
+    folder = ""
+    for line in tree.splitlines()[2:]:
+        found = re.match(r"( +)(\S+)  ", line)
+        if not found:
+            break
+        name = found[2]
+        if len(found[1]) == 2:
+            folder = name if name.endswith("/") else ""
+        listed.add(name if len(found[1]) == 2 else folder + name)
+    package = ROOT / "ppo_dist"
+    modules = {str(p.relative_to(package)) for p in package.rglob("*.py")}
+    expected = {m for m in modules if not m.endswith("__init__.py")}
+    expected |= {f"{p.name}/" for p in package.iterdir() if (p / "__init__.py").exists()}
+    assert listed == expected
+
+
+def test_its_config_loads(tmp_path: Path) -> None:
+    (block,) = re.findall(r"```yaml\n(.*?)```", README, flags=re.S)
+    path = tmp_path / "mine.yaml"
+    path.write_text(block)
+    config = load(path)
+    assert config.learner.workers == 4 and config.mix.prompts.value == 64
+
+
+def test_files_it_names_exist() -> None:
+    for name in re.findall(r"(?:launch|configs|docs|tests)/[\w./]*\w", README):
+        assert (ROOT / name).exists(), name
+    for script in ("quickstart.sh", "test.sh"):
+        assert os.access(ROOT / "launch" / script, os.X_OK)
+
+
+def test_every_command_it_shows_has_help_with_an_example() -> None:
+    for name in sorted(set(re.findall(r"^ppo-dist (\w+)", README, flags=re.M))):
+        result = subprocess.run(
+            [sys.executable, "-m", "ppo_dist", name, "--help"], capture_output=True, text=True
+        )
+        assert result.returncode == 0 and "example: ppo-dist" in result.stdout
+        assert result.stdout.count("\n") < 40
