@@ -1,0 +1,1 @@
+"""The policy and the critic around a transformers model."""

@@ -1,0 +1,47 @@
+"""The critic: a trunk like the policy's and a scalar head."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import AutoModel, PreTrainedModel
+
+from ppo_dist.models.packing import ATTENTION, Packing
+from ppo_dist.models.policy import hidden, without_dropout
+
+
+class CriticModel(nn.Module):
+    """The value of each state of a response: the reward that the policy can still expect."""
+
+    def __init__(self, trunk: PreTrainedModel) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.head = nn.Linear(trunk.config.hidden_size, 1, bias=False, dtype=trunk.dtype)
+        # a new critic says 0 everywhere, so that its first advantages are the rewards themselves
+        nn.init.zeros_(self.head.weight)
+
+    def forward(
+        self,
+        tokens_S: torch.Tensor,
+        positions_S: torch.Tensor,
+        table_BL: torch.Tensor,
+        home_S: torch.Tensor,
+        states_K: torch.Tensor,
+    ) -> torch.Tensor:
+        """values_K, in fp32."""
+        hidden_KH = hidden(self.trunk, tokens_S, positions_S, Packing(table_BL, home_S), states_K)
+        values_K: torch.Tensor = self.head(hidden_KH)[:, 0].float()
+        return values_K
+
+
+def load_critic(path: str, dtype: torch.dtype, trust_remote_code: bool = False) -> CriticModel:
+    """A critic whose trunk is that of the model at `path`, with a head of zeros."""
+    trunk = AutoModel.from_pretrained(
+        path,
+        dtype=dtype,
+        attn_implementation=ATTENTION,
+        use_safetensors=True,
+        trust_remote_code=trust_remote_code,
+    )
+    without_dropout(trunk)
+    return CriticModel(trunk)

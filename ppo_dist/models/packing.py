@@ -1,0 +1,94 @@
+"""Attention within packed sequences.
+
+Everything in a transformer but its attention works on one token at a time, so it runs on the row
+as it is. For attention, queries, keys and values are gathered into one small causal table per
+sequence, and what comes out is scattered back. No mask over the row exists: work grows with the
+sum of squared lengths, not with the square of the row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import AttentionInterface
+
+from ppo_dist.device import attention_dtype
+
+ATTENTION = "ppo_dist_packed"
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where the sequences of a row are: `table_BL` and `home_S` of PackedRow."""
+
+    table_BL: torch.Tensor
+    home_S: torch.Tensor
+
+
+def attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    packing: Packing | None = None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface: (1, heads, S, head dimension) to (1, S, heads, ...).
+
+    Without `packing` it is torch's attention under the mask, for generation. Dropout is never
+    applied: old and new log-probabilities would come from different models.
+
+    Raises:
+        ValueError: the model asks for a kind of attention that is not computed here.
+    """
+    for name in ("softcap", "s_aux", "position_bias"):
+        if others.get(name) is not None:
+            raise ValueError(f"attention with {name} is not supported")
+    grouped = key.shape[1] != query.shape[1]
+    if packing is None:
+        causal = attention_mask is None and query.shape[2] > 1
+        out = F.scaled_dot_product_attention(
+            query, key, value, attention_mask, is_causal=causal, scale=scaling, enable_gqa=grouped
+        )
+        return out.transpose(1, 2).contiguous(), None
+    sequences, width = packing.table_BL.shape
+    if sliding_window is not None and sliding_window < width:
+        raise ValueError(
+            f"attention with a sliding_window of {sliding_window} tokens is not supported on"
+            f" sequences of {width}"
+        )
+    table = packing.table_BL.reshape(-1)
+
+    def gathered(row: torch.Tensor) -> torch.Tensor:
+        tokens = row[0].transpose(0, 1).to(attention_dtype(row))
+        picked = tokens.index_select(0, table)
+        return picked.view(sequences, width, *picked.shape[1:]).transpose(1, 2)
+
+    out = F.scaled_dot_product_attention(
+        gathered(query),
+        gathered(key),
+        gathered(value),
+        is_causal=True,
+        scale=scaling,
+        enable_gqa=grouped,
+    )
+    scattered = out.transpose(1, 2).flatten(0, 1).index_select(0, packing.home_S)
+    return scattered[None].to(query.dtype), None
+
+
+def no_mask(row: torch.Tensor) -> torch.Tensor:
+    """A stand-in of four dimensions: transformers passes such a mask on without building its own,
+    and `attend` does not look at it.
+    """
+    return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=row.device)
+
+
+AttentionInterface.register(ATTENTION, attend)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)

@@ -1,0 +1,128 @@
+"""The policy (and the reference, which is a frozen policy)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from ppo_dist.models.packing import ATTENTION, Packing, no_mask
+
+# of Gemma, Cohere and Granite: their logits are not what the head alone gives
+AFTER_THE_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+
+
+class PolicyOutput(NamedTuple):
+    """What the policy says of each response position: the log-probability of its token, the entropy
+    of the distribution that it came from, and 1 where the token was the likeliest, else 0.
+    """
+
+    logprobs_K: torch.Tensor
+    entropy_K: torch.Tensor
+    is_argmax_K: torch.Tensor
+
+
+def load_policy(path: str, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A causal language model without dropout, whose attention works within packed sequences."""
+    lm = AutoModelForCausalLM.from_pretrained(
+        path,
+        dtype=dtype,
+        attn_implementation=ATTENTION,
+        use_safetensors=True,
+        trust_remote_code=trust_remote_code,
+    )
+    without_dropout(lm)
+    return lm
+
+
+def without_dropout(module: nn.Module) -> None:
+    """Sets every dropout to 0: the ratio of new and old probabilities would be noise otherwise."""
+    for part in module.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+
+
+def stop_tokens(path: str, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Tokens that end a response: the tokenizer's, and those of the model's generation settings."""
+    stops = {tokenizer.eos_token_id}
+    try:
+        eos = GenerationConfig.from_pretrained(path).eos_token_id
+    except OSError:  # a model without generation settings
+        eos = None
+    if eos is not None:
+        stops.update(eos if isinstance(eos, list) else [eos])
+    return frozenset(stops)
+
+
+class PolicyModel(nn.Module):
+    """A language model that reads packed rows and speaks of response positions alone."""
+
+    def __init__(self, lm: PreTrainedModel, logits_chunk: int) -> None:
+        super().__init__()
+        for name in AFTER_THE_HEAD:
+            if getattr(lm.config, name, None) not in (None, 1.0):
+                raise ValueError(f"models with {name} are not supported")
+        self.lm = lm
+        self._chunk = logits_chunk
+
+    def forward(
+        self,
+        tokens_S: torch.Tensor,
+        positions_S: torch.Tensor,
+        table_BL: torch.Tensor,
+        home_S: torch.Tensor,
+        states_K: torch.Tensor,
+        targets_K: torch.Tensor,
+        temperature_K: torch.Tensor,
+    ) -> PolicyOutput:
+        """Of softmax(logits / temperature), in fp32. At most `logits_chunk` rows of logits exist at
+        a time: backward computes them again. Entropy and argmax carry no gradient.
+        """
+        hidden_KH = hidden(
+            self.lm.base_model, tokens_S, positions_S, Packing(table_BL, home_S), states_K
+        )
+        parts = [
+            PolicyOutput(*checkpoint(self._judge, *part, use_reentrant=False))
+            for part in zip(
+                *(torch.split(rows, self._chunk) for rows in (hidden_KH, targets_K, temperature_K)),
+                strict=True,
+            )
+        ]
+        return PolicyOutput(*map(torch.cat, zip(*parts, strict=True)))
+
+    def _judge(
+        self, hidden_KH: torch.Tensor, targets_K: torch.Tensor, temperature_K: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        logits_KV = self.lm.get_output_embeddings()(hidden_KH).float() / temperature_K[:, None]
+        logprobs_KV = logits_KV.log_softmax(-1)
+        with torch.no_grad():
+            entropy_K = -(logprobs_KV.exp() * logprobs_KV).sum(-1)
+            is_argmax_K = (logprobs_KV.argmax(-1) == targets_K).float()
+        return logprobs_KV.gather(-1, targets_K[:, None])[:, 0], entropy_K, is_argmax_K
+
+
+def hidden(
+    trunk: nn.Module,
+    tokens_S: torch.Tensor,
+    positions_S: torch.Tensor,
+    packing: Packing,
+    states_K: torch.Tensor,
+) -> torch.Tensor:
+    """The trunk's last hidden states at the row indices `states_K`, (K, hidden size)."""
+    out = trunk(
+        input_ids=tokens_S[None],
+        position_ids=positions_S[None],
+        attention_mask=no_mask(tokens_S),
+        packing=packing,
+        use_cache=False,
+    )
+    states: torch.Tensor = out.last_hidden_state[0].index_select(0, states_K)
+    return states
