@@ -33,31 +33,43 @@ def ray_session() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", params=["gpt2", "llama"])
-def tiny_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_model(request: pytest.FixtureRequest, tiny_models: dict[str, Path]) -> Path:
+    """Each of the tiny models in turn."""
+    return tiny_models[request.param]
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A random GPT-2 and a random Llama with grouped queries, of a few thousand parameters."""
     import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoTokenizer, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
     from ppo_dist.config.data import FromScratch
     from ppo_dist.models.scratch import make_model
 
-    path = tmp_path_factory.mktemp("models") / request.param
+    folder = tmp_path_factory.mktemp("models")
     shape = FromScratch(layers=2, hidden=32, heads=2, context=64)
-    make_model(path, shape, ["abcdefghijklmnop>"], seed=1)
-    if request.param == "llama":
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=len(AutoTokenizer.from_pretrained(path)),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            eos_token_id=1,
-            initializer_range=0.2,
-        )
-        LlamaForCausalLM(config).save_pretrained(path)
-    return path
+    for name in ("gpt2", "llama"):
+        make_model(folder / name, shape, ["abcdefghijklmnop>"], seed=1)
+    gpt2 = GPT2LMHeadModel.from_pretrained(folder / "gpt2")
+    with torch.no_grad():  # GPT-2's own start is so small that its answers are nearly uniform
+        for parameter in gpt2.parameters():
+            if parameter.dim() == 2:
+                parameter *= 10
+    gpt2.save_pretrained(folder / "gpt2")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(AutoTokenizer.from_pretrained(folder / "llama")),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        eos_token_id=1,
+        initializer_range=0.2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder / "llama")
+    return {name: folder / name for name in ("gpt2", "llama")}
 
 
 def raw_config(folder: Path, **sections: Any) -> dict[str, Any]:

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
@@ -14,6 +13,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from ppo_dist.models.head import Head
 from ppo_dist.models.packing import ATTENTION, Packing, no_mask
 
 # of Gemma, Cohere and Granite: their logits are not what the head alone gives
@@ -71,7 +71,7 @@ class PolicyModel(nn.Module):
             if getattr(lm.config, name, None) not in (None, 1.0):
                 raise ValueError(f"models with {name} are not supported")
         self.lm = lm
-        self._chunk = logits_chunk
+        self.head = Head(lm.get_output_embeddings(), logits_chunk)
 
     def forward(
         self,
@@ -83,30 +83,11 @@ class PolicyModel(nn.Module):
         targets_K: torch.Tensor,
         temperature_K: torch.Tensor,
     ) -> PolicyOutput:
-        """Of softmax(logits / temperature), in fp32. At most `logits_chunk` rows of logits exist at
-        a time: backward computes them again. Entropy and argmax carry no gradient.
-        """
+        """Of softmax(logits / temperature), in fp32; see Head."""
         hidden_KH = hidden(
             self.lm.base_model, tokens_S, positions_S, Packing(table_BL, home_S), states_K
         )
-        parts = [
-            PolicyOutput(*checkpoint(self._judge, *part, use_reentrant=False))
-            for part in zip(
-                *(torch.split(rows, self._chunk) for rows in (hidden_KH, targets_K, temperature_K)),
-                strict=True,
-            )
-        ]
-        return PolicyOutput(*map(torch.cat, zip(*parts, strict=True)))
-
-    def _judge(
-        self, hidden_KH: torch.Tensor, targets_K: torch.Tensor, temperature_K: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        logits_KV = self.lm.get_output_embeddings()(hidden_KH).float() / temperature_K[:, None]
-        logprobs_KV = logits_KV.log_softmax(-1)
-        with torch.no_grad():
-            entropy_K = -(logprobs_KV.exp() * logprobs_KV).sum(-1)
-            is_argmax_K = (logprobs_KV.argmax(-1) == targets_K).float()
-        return logprobs_KV.gather(-1, targets_K[:, None])[:, 0], entropy_K, is_argmax_K
+        return PolicyOutput(*self.head(hidden_KH, targets_K, temperature_K))
 
 
 def hidden(

@@ -1,0 +1,109 @@
+"""The output head and the softmax after it as one operation, a chunk of positions at a time.
+
+The logits of a micro-batch are its largest tensor by far (positions × vocabulary). Here they exist
+for one chunk only, and backward computes them again. It is one operation, and not a checkpoint
+around each chunk, since under ZeRO-3 every call of a module is a collective: ranks with another
+number of response positions would make another number of calls, and wait for each other for ever.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+
+class Head(nn.Module):
+    """log-probability, entropy and argmax of softmax(logits / temperature) at each position."""
+
+    def __init__(self, output: nn.Module, chunk: int) -> None:
+        super().__init__()
+        if not isinstance(output, nn.Linear):
+            raise ValueError(f"an output head of kind {type(output).__name__} is not supported")
+        self.weight = output.weight  # the same parameters: trained, tied and gathered as before
+        self.bias = output.bias
+        self._chunk = chunk
+
+    def forward(
+        self, hidden_KH: torch.Tensor, targets_K: torch.Tensor, temperature_K: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(logprobs_K, entropy_K, is_argmax_K), in fp32; the last carries no gradient."""
+        out: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = _Softmax.apply(  # type: ignore[no-untyped-call]
+            hidden_KH, self.weight, self.bias, targets_K, temperature_K, self._chunk
+        )
+        return out
+
+
+class _Softmax(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_KH: torch.Tensor,
+        weight_VH: torch.Tensor,
+        bias_V: torch.Tensor | None,
+        targets_K: torch.Tensor,
+        temperature_K: torch.Tensor,
+        chunk: int,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        parts = []
+        for h, target, temperature in _chunks(chunk, hidden_KH, targets_K, temperature_K):
+            logits = _logits(h, weight_VH, bias_V, temperature)
+            total = logits.logsumexp(-1)
+            logprobs = logits.gather(-1, target[:, None])[:, 0] - total
+            likeliest = (logits.argmax(-1) == target).to(logits.dtype)
+            probabilities = (logits - total[:, None]).exp_()
+            parts.append((logprobs, total - torch.linalg.vecdot(probabilities, logits), likeliest))
+        logprobs_K, entropy_K, is_argmax_K = map(torch.cat, zip(*parts, strict=True))
+        ctx.save_for_backward(hidden_KH, weight_VH, bias_V, targets_K, temperature_K, entropy_K)
+        ctx.chunk = chunk
+        ctx.mark_non_differentiable(is_argmax_K)
+        return logprobs_K, entropy_K, is_argmax_K
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, d_logprobs_K: torch.Tensor, d_entropy_K: torch.Tensor, _: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
+        """With p = softmax(z / T): d log p_i / dz_j = (1[i=j] − p_j) / T, and
+        dH / dz_j = −p_j (log p_j + H) / T.
+        """
+        hidden_KH, weight_VH, bias_V, targets_K, temperature_K, entropy_K = ctx.saved_tensors
+        d_hidden_KH = torch.empty_like(hidden_KH)
+        d_weight = torch.zeros_like(weight_VH) if ctx.needs_input_grad[1] else None
+        d_bias = torch.zeros_like(bias_V) if ctx.needs_input_grad[2] else None
+        with_entropy = bool(d_entropy_K.any())
+        columns = (hidden_KH, targets_K, temperature_K, d_logprobs_K, d_entropy_K, entropy_K)
+        begin = 0
+        for h, target, temperature, d_logprobs, d_entropy, entropy in _chunks(ctx.chunk, *columns):
+            table = _logits(h, weight_VH, bias_V, temperature).log_softmax(-1)
+            p = table.exp()
+            d_logits = p * -d_logprobs[:, None]
+            d_logits.scatter_add_(-1, target[:, None], d_logprobs[:, None])
+            if with_entropy:
+                d_logits -= p * (table + entropy[:, None]) * d_entropy[:, None]
+            d_logits = (d_logits / temperature[:, None]).to(weight_VH.dtype)
+            torch.mm(d_logits, weight_VH, out=d_hidden_KH[begin : begin + len(h)])
+            if d_weight is not None:
+                d_weight.addmm_(d_logits.T, h)
+            if d_bias is not None:
+                d_bias += d_logits.sum(0)
+            begin += len(h)
+        return d_hidden_KH, d_weight, d_bias, None, None, None
+
+
+def _chunks(chunk: int, *columns: torch.Tensor) -> Any:
+    return zip(*(torch.split(column, chunk) for column in columns), strict=True)
+
+
+def _logits(
+    hidden_KH: torch.Tensor,
+    weight_VH: torch.Tensor,
+    bias_V: torch.Tensor | None,
+    temperature_K: torch.Tensor,
+) -> torch.Tensor:
+    logits_KV = F.linear(hidden_KH, weight_VH, bias_V)
+    wide = torch.promote_types(logits_KV.dtype, torch.float32)
+    return logits_KV.to(wide) / temperature_K[:, None]

@@ -1,0 +1,299 @@
+"""Learner workers against tests/reference_ppo.py: after three steps the parameters of policy and
+critic have moved alike, however the work was cut.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import pytest
+import ray
+import torch
+
+from ppo_dist.algo.advantages import Gae
+from ppo_dist.cluster.groups import LearnerActor
+from ppo_dist.config import Config
+from ppo_dist.coordinator.experience import experience, updates
+from ppo_dist.learner.group import Learners
+from ppo_dist.learner.worker import Seat
+from ppo_dist.transport.store import StoreSender
+from ppo_dist.types import Coefficients, LabelledExample, Prompt, Rollout, Score, Scored
+from tests.conftest import raw_config
+from tests.reference_ppo import ReferenceTrainer, Sequence64, Settings
+
+R = TypeVar("R")
+STEPS, SEED = 3, 3
+AGREEMENT, MOVED = 1e-4, 1e-3
+
+
+class Case(NamedTuple):
+    """One way to cut the work."""
+
+    stage: int
+    world: int
+    budget: int
+    offload: str
+    checkpointing: bool
+    mix: str
+    model: str
+
+
+FACTORS = Case(
+    (0, 1, 2, 3), (1, 2), (48, 4096), ("none", "cpu"), (False, True),
+    ("ppo", "supervised", "mixed"), ("gpt2", "llama"),
+)  # type: ignore[arg-type]  # fmt: skip
+GRID = [
+    case
+    for case in itertools.starmap(Case, itertools.product(*FACTORS))  # type: ignore[arg-type]
+    if not (case.stage == 0 and case.offload == "cpu")  # refused: it would do nothing
+]
+PAIRWISE = [
+    Case(0, 1, 48, "none", False, "ppo", "llama"),
+    Case(0, 1, 4096, "none", False, "mixed", "gpt2"),
+    Case(0, 2, 4096, "none", True, "supervised", "gpt2"),
+    Case(1, 1, 4096, "cpu", True, "mixed", "gpt2"),
+    Case(1, 2, 48, "none", False, "ppo", "llama"),
+    Case(1, 2, 48, "none", True, "supervised", "gpt2"),
+    Case(2, 1, 48, "cpu", False, "supervised", "llama"),
+    Case(2, 1, 4096, "none", True, "ppo", "gpt2"),
+    Case(2, 2, 4096, "none", False, "mixed", "llama"),
+    Case(3, 1, 4096, "cpu", True, "supervised", "gpt2"),
+    Case(3, 2, 48, "cpu", False, "ppo", "gpt2"),
+    Case(3, 2, 48, "none", True, "mixed", "llama"),
+]
+MIXES = {
+    "ppo": {"mu": 0.0, "policy_coef": 1.0},
+    "supervised": {"mu": 1.0, "policy_coef": 0.0},
+    "mixed": {"mu": 0.5, "policy_coef": 1.0},
+}
+
+
+def pairs(case: Case) -> set[tuple[int, Any, int, Any]]:
+    return {(i, case[i], j, case[j]) for i in range(len(case)) for j in range(i)}
+
+
+def test_the_fast_cases_cover_all_pairs() -> None:
+    assert set().union(*map(pairs, PAIRWISE)) == set().union(*map(pairs, GRID))
+    assert len(PAIRWISE) <= 12
+
+
+# ── the work: three steps of rollouts and labelled examples ───────────────────────────────────────
+
+
+@cache
+def work() -> list[tuple[list[Scored], list[LabelledExample]]]:
+    """Eleven rollouts of five prompts and three labelled examples a step; one-token answers, a
+    one-token prompt, truncated responses, rewards of either sign. Nothing divides by two.
+    """
+    rng = np.random.default_rng(0)
+
+    def tokens(count: int) -> np.ndarray:
+        return rng.integers(3, 18, count)
+
+    made = []
+    for step in range(STEPS):
+        scored: list[Scored] = []
+        for p, (length, group) in enumerate(((5, 3), (1, 2), (9, 1), (4, 4), (12, 1))):
+            prompt = Prompt(f"p:{step}.{p}", "verifiable", "", tokens(length))
+            for index in range(group):
+                response = tokens(int(rng.integers(1, 14)))
+                cut_off = bool(rng.integers(2))
+                if not cut_off:
+                    response[-1] = 1
+                blank = np.zeros(len(response), np.float32)
+                rollout = Rollout(
+                    prompt, index, response, blank, "", "length" if cut_off else "eos", step
+                )
+                scored.append(Scored(rollout, Score(float(rng.normal()), "test")))
+        labelled = [
+            LabelledExample(
+                Prompt(f"l:{step}.{i}", "labelled", "", tokens(3 + i)), "", tokens(2 * i + 1)
+            )
+            for i in range(3)
+        ]
+        made.append((scored, labelled))
+    return made
+
+
+def settings(mix: str) -> Settings:
+    return Settings(
+        lr=0.02, critic_lr=0.3, kl_coef=0.05, temperature=0.8, value_coef=0.5, **MIXES[mix]
+    )
+
+
+def algorithm(folder: Path, case: Case) -> Config:
+    return Config.model_validate(
+        raw_config(
+            folder,
+            run={"seed": SEED},
+            learner={
+                "zero_stage": case.stage,
+                "workers": case.world,
+                "micro_batch_tokens": case.budget,
+                "offload": case.offload,
+                "gradient_checkpointing": case.checkpointing,
+                "logits_chunk": 7,
+            },
+            rollout={"temperature": 0.8},
+            algorithm={"epochs": 2, "minibatches": 2, "kl_coef": 0.05},
+            cluster={"kind": "ray"},
+        )
+    )
+
+
+def updates_of(config: Config, sequences: Any, labelled: Any, step: int) -> Any:
+    return updates(sequences, lambda: list(labelled), config.algorithm, SEED, step)
+
+
+@cache
+def expected(folder: str, mix: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Parameters before and after, by the reference."""
+    trainer = ReferenceTrainer(folder, settings(mix))
+    before = trainer.parameters()
+    config = algorithm(Path("unused"), PAIRWISE[0])
+    for step, (scored, labelled) in enumerate(work()):
+        rollouts = [Sequence64.of(s.rollout, s.score.value) for s in scored]
+        place = {f"{s.rollout.prompt.uid}#{s.rollout.index}": i for i, s in enumerate(scored)}
+        blank = [_annotation(s) for s in scored]
+        cut = updates_of(
+            config, experience(scored, blank, Gae(), config.algorithm), _taught(mix, labelled), step
+        )
+        targets = {e.prompt.uid: e for e in labelled}
+        trainer.step(
+            rollouts,
+            [
+                (
+                    [place[q.uid] for q in update if q.uid in place],
+                    [_labelled(targets[q.uid]) for q in update if q.uid in targets],
+                )
+                for update in cut
+            ],
+        )
+    return before, trainer.parameters()
+
+
+def _annotation(scored: Scored) -> Any:
+    from ppo_dist.types import Annotation
+
+    blank = np.zeros(len(scored.rollout.tokens_R), np.float32)
+    return Annotation(blank, blank, blank, 0.0)
+
+
+def _taught(mix: str, labelled: Sequence[LabelledExample]) -> Sequence[LabelledExample]:
+    return labelled if MIXES[mix]["mu"] else []
+
+
+def _labelled(example: LabelledExample) -> Sequence64:
+    prompt = example.prompt.tokens_P.tolist()
+    return Sequence64(prompt + example.tokens_R.tolist(), len(prompt))
+
+
+# ── the system ────────────────────────────────────────────────────────────────────────────────────
+
+
+class Probe(LearnerActor):
+    """A learner worker that can be started anew and shows its parameters."""
+
+    def weights(self) -> dict[str, np.ndarray]:
+        engines = {"policy": self._policy, "critic": self._critic_engine}
+        return {
+            f"{name}.{n}": p.cpu().double().numpy().copy()
+            for name, engine in engines.items()
+            for n, p in engine.parameters(1000)
+        }
+
+
+class Probes:
+    """Ranks of learner.group, over processes that outlive a case."""
+
+    def __init__(self, world: int) -> None:
+        self.world = world
+        self._actors = [ray.remote(Probe).options(num_cpus=0.5).remote() for _ in range(world)]
+        self._meeting = ray.get(self._actors[0].meeting_point.remote())
+
+    def start(self, config: Config, folder: str) -> None:
+        seats = [Seat(r, self.world, *self._meeting, "cpu") for r in range(self.world)]
+        sender = StoreSender(2**20)
+        ray.get(
+            [
+                a.start.remote(config, folder, sender, seat, None)
+                for a, seat in zip(self._actors, seats, strict=True)
+            ]
+        )
+
+    def call(self, method: Callable[..., R], args: Sequence[tuple[Any, ...]]) -> list[R]:
+        return list(
+            ray.get(
+                [
+                    getattr(a, method.__name__).remote(*rest)
+                    for a, rest in zip(self._actors, args, strict=True)
+                ]
+            )
+        )
+
+
+@pytest.fixture(scope="module")
+def probes(ray_session: None) -> Callable[[int], Probes]:
+    return cache(Probes)
+
+
+def parameters_after(probes: Probes, config: Config, folder: str, mix: str) -> dict[str, Any]:
+    probes.start(config, folder)
+    learners = Learners(probes, config.learner.micro_batch_tokens)
+    wanted = settings(mix)
+    coefficients = Coefficients(
+        wanted.policy_coef, wanted.value_coef, wanted.mu, wanted.lr, wanted.critic_lr
+    )
+    for step, (scored, labelled) in enumerate(work()):
+        sequences = experience(scored, learners.annotate(scored), Gae(), config.algorithm)
+        cut = updates_of(config, sequences, _taught(mix, labelled), step)
+        learners.update(cut, coefficients)
+    shown = probes.call(Probe.weights, [()] * probes.world)
+    for name, values in shown[0].items():
+        assert all(np.array_equal(values, other[name]) for other in shown), f"ranks differ: {name}"
+    return shown[0]
+
+
+def check(
+    case: Case, probes: Callable[[int], Probes], models: dict[str, Path], run_folder: Path
+) -> None:
+    folder = str(models[case.model])
+    found = parameters_after(
+        probes(case.world), algorithm(run_folder, case), folder, case.mix
+    )
+    before, after = expected(folder, case.mix)
+    assert found.keys() == after.keys()
+    for name, values in found.items():
+        start = before[name]
+        change = after[name] - start
+        size = float(change.norm())
+        if case.mix == "supervised" or size:
+            difference = float((torch.from_numpy(values) - start - change).norm())
+            assert difference <= AGREEMENT * size, (name, difference / max(size, 1e-300))
+        assert size >= MOVED * float(start.norm()), f"{name} hardly moved: nothing is shown"
+
+
+@pytest.mark.parametrize("case", PAIRWISE, ids=lambda c: "-".join(map(str, c)))
+def test_agrees_with_the_reference(
+    case: Case,
+    probes: Callable[[int], Probes],
+    tiny_models: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    check(case, probes, tiny_models, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", GRID, ids=lambda c: "-".join(map(str, c)))
+def test_agrees_with_the_reference_on_the_whole_grid(
+    case: Case,
+    probes: Callable[[int], Probes],
+    tiny_models: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    check(case, probes, tiny_models, tmp_path)
