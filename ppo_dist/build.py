@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from ppo_dist.config import ORIGINS, Config, InputError, Origin, sees_answer
-from ppo_dist.config.algorithm import Gae as GaeSection
+from ppo_dist.config.algorithm import AnyAdvantage, Gae, GroupMean, ReinforcePlusPlus, Rloo
 from ppo_dist.config.reward import (
     AnyReward,
     ExactReward,
@@ -151,11 +151,19 @@ def _reward(section: AnyReward, on_error: Literal["error", "zero"]) -> RewardSou
     return Judged(judge, section.kind, on_error)
 
 
-def advantage_estimator(section: GaeSection) -> AdvantageEstimator:
+def advantage_estimator(section: AnyAdvantage) -> AdvantageEstimator:
     """The advantage estimator that a config names."""
-    from ppo_dist.algo.advantages import Gae
+    from ppo_dist.algo import advantages
 
-    return Gae(section.gamma, section.lam)
+    match section:
+        case Gae():
+            return advantages.Gae(section.gamma, section.lam)
+        case GroupMean():
+            return advantages.GroupMean(section.std)
+        case Rloo():
+            return advantages.Rloo()
+        case ReinforcePlusPlus():
+            return advantages.ReinforcePlusPlus(section.gamma)
 
 
 # ── models and workers ────────────────────────────────────────────────────────────────────────────

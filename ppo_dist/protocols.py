@@ -68,8 +68,11 @@ class AdvantageEstimator(Protocol):
         values_BR: torch.Tensor,
         mask_BR: torch.Tensor,
         value_end_B: torch.Tensor,
+        group_B: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(advantages_BR, returns_BR), zero where the mask is 0."""
+        """(advantages_BR, returns_BR), zero where the mask is 0. Rows with the same `group_B` are
+        responses to the same prompt.
+        """
 
 
 class Tracker(Protocol):
@@ -80,6 +83,9 @@ class Tracker(Protocol):
 
     def table(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Adds rows to the table of prompts, responses and rewards."""
+
+    def alert(self, step: int, title: str, text: str) -> None:
+        """Tells of something that a person should look at."""
 
     def close(self) -> None:
         """Flushes and ends."""

@@ -18,6 +18,7 @@ from ppo_dist import build
 from ppo_dist.config import Config, InputError
 from ppo_dist.config.load import dump
 from ppo_dist.coordinator.evaluate import Evaluator
+from ppo_dist.coordinator.experience import Experience
 from ppo_dist.coordinator.loop import Loop, Parts
 from ppo_dist.coordinator.state import Checkpoints, RunState, read_state
 from ppo_dist.coordinator.stream import Stream
@@ -38,6 +39,7 @@ FIXED = (
     "learner.zero_stage",
     "learner.dtype",
     "learner.optimizer",
+    "algorithm.advantage.kind",
 )
 
 
@@ -56,7 +58,8 @@ class Encoded:
 
 
 def train(config: Config, resume: bool | Path, console: Console) -> int:
-    """Trains to the last step, or until it is interrupted. Returns the exit code, 0 or 130.
+    """Trains to the last step, or until it is interrupted. Returns the exit code: 0,
+    3 (it had to stop) or 130 (it was told to).
 
     Raises:
         InputError: config, data, run folder or cluster do not allow it.
@@ -79,9 +82,11 @@ def train(config: Config, resume: bool | Path, console: Console) -> int:
         console.print(f"{count} prompts longer than data.max_prompt_tokens were {what}")
     schedule = Scheduled(config.mix)
     stream = Stream(encoded.prompts, encoded.examples, config.run.seed)
+    experience = Experience(config.algorithm, build.advantage_estimator(config.algorithm.advantage))
     if checkpoint is not None:
         schedule.load_state_dict(parts_state["schedule"])
         stream.load_state_dict(parts_state["stream"])
+        experience.load_state_dict(parts_state["experience"])
         record_event(folder, "resumed", step=state.step)
     with (
         build.cluster(config),
@@ -92,16 +97,19 @@ def train(config: Config, resume: bool | Path, console: Console) -> int:
         reward = build.reward_source(config)
         evaluator = Evaluator(config, encoded.held_out, pool, reward) if encoded.held_out else None
         tracker = _tracker(config, folder, state, checkpoint is not None, console)
-        estimator = build.advantage_estimator(config.algorithm.advantage)
         loop = Loop(
             config,
-            Parts(schedule, stream, pool, learners, reward, estimator, tracker, evaluator),
+            Parts(schedule, stream, pool, learners, reward, experience, tracker, evaluator),
             state,
         )
         try:
             done = loop.run(interrupted)
         finally:
             tracker.close()
+    if loop.watch.verdict is not None:
+        record_event(folder, "stopped", step=loop.state.step, reason=loop.watch.verdict)
+        console.print(f"stopped after step {loop.state.step}: {loop.watch.verdict}")
+        return 3
     if not done:
         record_event(folder, "interrupted", step=loop.state.step)
         console.print(f"stopped after step {loop.state.step}; `--resume` goes on from there")

@@ -12,6 +12,7 @@ Names of arrays end in their dimensions:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -74,6 +75,8 @@ class Sampling:
     """How responses are drawn. Temperature 0 is greedy. `stream` keeps the random numbers of
     training and evaluation apart.
 
+    `top_p` and `top_k` cut the distribution's tail, for evaluation alone.
+
     Example: Sampling(temperature=1.0, max_new_tokens=8, seed=0, stream="train")
     """
 
@@ -81,6 +84,8 @@ class Sampling:
     max_new_tokens: int
     seed: int
     stream: str
+    top_p: float = 1.0
+    top_k: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,7 +183,7 @@ class TrainSequence:
 
     Example: TrainSequence(uid="labelled/0:3", tokens_T=[8, 5, 3, 5, 8, 1], prompt_tokens=3,
         policy_weight_R=[0, 0, 0], value_weight_R=[0, 0, 0], ce_weight_R=[1, 1, 1], advantages_R=…,
-        returns_R=…, logprobs_R=…, values_R=…)
+        returns_R=…, logprobs_R=…, reference_R=…, values_R=…)
     """
 
     uid: str
@@ -190,6 +195,7 @@ class TrainSequence:
     advantages_R: Floats
     returns_R: Floats
     logprobs_R: Floats
+    reference_R: Floats
     values_R: Floats
 
 
@@ -231,6 +237,7 @@ class MicroBatch:
     advantages_K: Floats
     returns_K: Floats
     logprobs_K: Floats
+    reference_K: Floats
     values_K: Floats
 
 
@@ -250,12 +257,15 @@ class TokenCounts:
 class Coefficients:
     """Weights of the loss terms and learning rates of one step.
 
-    Example: Coefficients(policy=1.0, value=0.5, mu=0.1, lr=1e-5, critic_lr=1e-5)
+    Example: Coefficients(policy=1.0, value=0.5, mu=0.1, kl=0.0, entropy=0.0, lr=1e-5,
+    critic_lr=1e-5)
     """
 
     policy: float
     value: float
     mu: float
+    kl: float
+    entropy: float
     lr: float
     critic_lr: float
 
@@ -285,13 +295,14 @@ class TermSums:
     """Sums over the live tokens of one update on one rank, to be added over ranks before any
     division.
 
-    Example: TermSums(policy_loss=-3.1, clipped=4, kl=.02, entropy=71., value_loss=12.,
+    Example: TermSums(policy_loss=-3.1, clipped=4, kl=.02, kl_loss=0., entropy=71., value_loss=12.,
     value_clipped=1, ce_loss=55., ce_correct=80)
     """
 
     policy_loss: float = 0.0
     clipped: float = 0.0
     kl: float = 0.0
+    kl_loss: float = 0.0
     entropy: float = 0.0
     value_loss: float = 0.0
     value_clipped: float = 0.0
@@ -308,6 +319,8 @@ class TermSums:
 class UpdateReport:
     """One optimizer step as a rank saw it; the gradient norms are global and before clipping.
 
+    A norm that is not finite means that this model's step was skipped.
+
     Example: UpdateReport(counts=TokenCounts(310, 310, 96), sums=TermSums(…), grad_norm=.8,
     critic_grad_norm=2.1)
     """
@@ -316,6 +329,12 @@ class UpdateReport:
     sums: TermSums
     grad_norm: float | None
     critic_grad_norm: float | None
+
+    @property
+    def skipped(self) -> bool:
+        """Whether a model was left as it is, since its gradient was not finite."""
+        norms = (self.grad_norm or 0.0, self.critic_grad_norm or 0.0)
+        return not all(map(math.isfinite, norms))
 
 
 @dataclass(frozen=True)

@@ -98,8 +98,9 @@ def raw_config(folder: Path, **sections: Any) -> dict[str, Any]:
             "critic_lr": 0.05,
             "optimizer": "sgd",
             "max_grad_norm": 0.0,
+            "critic_max_grad_norm": 0.0,
         },
-        "algorithm": {"epochs": 1, "minibatches": 2, "kl_coef": 0.05},
+        "algorithm": {"epochs": 1, "minibatches": 2, "kl": 0.05},
         "cluster": {"kind": "local"},
         "tracking": {"wandb": "off", "progress": False},
     }

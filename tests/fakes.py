@@ -146,6 +146,7 @@ class FakeTracker:
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
         self.samples: list[dict[str, Any]] = []
+        self.alerts: list[tuple[int, str, str]] = []
         self.closed = False
 
     def log(self, step: int, metrics: Mapping[str, float | None]) -> None:
@@ -153,6 +154,9 @@ class FakeTracker:
 
     def table(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         self.samples += [{"step": step, **row} for row in rows]
+
+    def alert(self, step: int, title: str, text: str) -> None:
+        self.alerts.append((step, title, text))
 
     def close(self) -> None:
         self.closed = True

@@ -8,14 +8,12 @@ from typing import NamedTuple
 
 import torch
 
-MAX_LOG_RATIO = 20.0
-"""Log-ratios are clamped to ± this before exp: one wild token cannot make an infinite loss."""
+from ppo_dist.algo.kl import MAX_LOG_RATIO
+from ppo_dist.config.algorithm import Clip
 
 
 class PolicyTerm(NamedTuple):
-    """Per token: the loss, 1 where the clipped branch is the larger loss, and the k3 estimate of
-    KL(π_old‖π).
-    """
+    """Per token: the loss, 1 where a bound decides it, and the k3 estimate of KL(π_old‖π)."""
 
     loss: torch.Tensor
     clipped: torch.Tensor
@@ -30,30 +28,37 @@ class ValueTerm(NamedTuple):
 
 
 def policy_term(
-    logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor, clip: float
+    logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor, clip: Clip
 ) -> PolicyTerm:
-    """−min(r·A, clip(r, 1−ε, 1+ε)·A) with r = exp(log π − log π_old).
+    """−min(r·A, clip(r, 1−ε_low, 1+ε_high)·A) with r = exp(log π − log π_old); where A < 0 and
+    there is a dual bound c, at most −c·A.
 
-    Source: Schulman et al. 2017, arXiv:1707.06347, eq. 7. KL: Schulman 2020, estimator k3, exp(d) −
-    1 − d.
+    Source: Schulman et al. 2017, arXiv:1707.06347, eq. 7; two bounds: Yu et al. 2025,
+    arXiv:2503.14476, eq. 10; dual clip: Ye et al. 2020, arXiv:1912.09729, eq. 3. KL: Schulman 2020,
+    estimator k3, exp(d) − 1 − d.
     """
     log_ratio = (logprobs - old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     ratio = log_ratio.exp()
     plain = -ratio * advantages
-    clipped = -ratio.clamp(1 - clip, 1 + clip) * advantages
-    return PolicyTerm(
-        torch.maximum(plain, clipped), (clipped > plain).float(), ratio - 1 - log_ratio
-    )
+    bounded = -ratio.clamp(1 - clip.low, 1 + clip.high) * advantages
+    loss, clipped = torch.maximum(plain, bounded), bounded > plain
+    if clip.dual is not None:
+        limit = -clip.dual * advantages
+        over = (advantages < 0) & (loss > limit)
+        loss, clipped = torch.where(over, limit, loss), clipped | over
+    return PolicyTerm(loss, clipped.float(), ratio - 1 - log_ratio)
 
 
 def value_term(
-    values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, clip: float
+    values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, clip: float | None
 ) -> ValueTerm:
-    """½·max((V − G)², (V_old + clip(V − V_old, ±ε) − G)²).
+    """½·max((V − G)², (V_old + clip(V − V_old, ±ε) − G)²), or ½(V − G)² without ε.
 
     Source: the clipped value loss of OpenAI baselines' ppo2, as described in Huang et al. 2022,
     "The 37 Implementation Details of Proximal Policy Optimization", detail 9.
     """
     plain = (values - returns) ** 2
+    if clip is None:
+        return ValueTerm(0.5 * plain, torch.zeros_like(plain))
     clipped = (old_values + (values - old_values).clamp(-clip, clip) - returns) ** 2
     return ValueTerm(0.5 * torch.maximum(plain, clipped), (clipped > plain).float())

@@ -21,13 +21,22 @@ def pad(rows: Sequence[Floats]) -> tuple[torch.Tensor, torch.Tensor]:
     return values_BR, mask_BR
 
 
-def whiten(values: torch.Tensor, mask: torch.Tensor, min_variance: float = 1e-12) -> torch.Tensor:
-    """Mean 0 and (unbiased) variance 1 over all masked-in values; unchanged where there is nothing
-    to normalise.
+def whiten(
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    groups_B: torch.Tensor | None = None,
+    min_variance: float = 1e-12,
+) -> torch.Tensor:
+    """Mean 0 and (unbiased) variance 1 over all masked-in values, or over those of each group of
+    rows; unchanged where there is nothing to normalise.
 
     Call it once on everything that a step learns from. Per rank or per micro-batch it gives other
     signs.
     """
+    if groups_B is not None:
+        for group in torch.unique(groups_B):
+            values = whiten(values, mask & (groups_B == group)[:, None], None, min_variance)
+        return values
     live = values[mask]
     if live.numel() < 2:
         return values

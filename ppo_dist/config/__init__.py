@@ -41,6 +41,9 @@ class Train(Section):
     keep_checkpoints: int = Field(
         2, ge=1, description="how many of the newest checkpoints stay on disk"
     )
+    max_skipped_updates: int = Field(
+        3, ge=1, description="so many updates in a row with a gradient that is not finite stop it"
+    )
 
 
 class Config(Section):
@@ -107,6 +110,13 @@ def impossible(config: Config) -> list[str]:
         problems.append(
             "reward.unlabelled must not see an answer: only regex, or sums of regex, are allowed"
         )
+    if c.algorithm.advantage.kind in ("group_mean", "rloo") and c.rollout.group_size < 2:
+        problems.append(
+            f"algorithm.advantage {c.algorithm.advantage.kind} compares responses to one prompt: "
+            "rollout.group_size must be 2 or more"
+        )
+    if not c.algorithm.has_critic and c.critic != Critic():
+        problems.append("critic.* has no effect without a critic (algorithm.advantage gae)")
     if c.data.held_out and c.reward.labelled is None:
         problems.append("data.held_out needs reward.labelled to be evaluated")
     return problems

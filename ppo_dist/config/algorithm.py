@@ -2,38 +2,191 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
-from ppo_dist.config.base import Constant, MuSchedule, Scalar, Section, bare_kind
+from ppo_dist.config.base import Constant, MuSchedule, Scalar, Section, bare_kind, bare_number
+
+Whiten = Literal["global", "per_origin", "off"]
 
 
 class Gae(Section):
-    """Generalised advantage estimation (Schulman et al. 2015, arXiv:1506.02438, eq. 16)."""
+    """Generalised advantage estimation with a critic (Schulman et al. 2015, arXiv:1506.02438)."""
 
     kind: Literal["gae"] = "gae"
     gamma: float = Field(1.0, ge=0, le=1)
     lam: float = Field(0.95, ge=0, le=1)
+    whiten: Whiten = Field(
+        "global", description="advantages to mean 0, variance 1 over the whole step, or by origin"
+    )
+
+
+class GroupMean(Section):
+    """Reward minus the mean of the responses to the same prompt, without a critic (GRPO, Shao et
+    al. 2024, arXiv:2402.03300; without `std` as in Liu et al. 2025, arXiv:2503.20783).
+    """
+
+    kind: Literal["group_mean"]
+    std: bool = Field(True, description="divide by the group's standard deviation")
+    whiten: Whiten = "off"
+
+
+class Rloo(Section):
+    """Reward minus the mean of the *other* responses to the same prompt, without a critic (Ahmadian
+    et al. 2024, arXiv:2402.14740).
+    """
+
+    kind: Literal["rloo"]
+    whiten: Whiten = "off"
+
+
+class ReinforcePlusPlus(Section):
+    """Discounted rewards still to come, normalised over the whole step, without a critic
+    (REINFORCE++, Hu et al. 2025, arXiv:2501.03262).
+    """
+
+    kind: Literal["reinforce_pp"]
+    gamma: float = Field(1.0, ge=0, le=1)
+    whiten: Whiten = "global"
+
+
+AnyAdvantage = Annotated[
+    Annotated[Gae | GroupMean | Rloo | ReinforcePlusPlus, Field(discriminator="kind")],
+    BeforeValidator(bare_kind),
+]
+
+
+class FixedKl(Section):
+    """The coefficient stays as it is."""
+
+    kind: Literal["fixed"] = "fixed"
+
+
+class AdaptiveKl(Section):
+    """The coefficient follows a target (Ziegler et al. 2019, arXiv:1909.08593, section 2.2). The KL
+    is that of `objective/kl`: the mean over responses of the sum over their tokens.
+    """
+
+    kind: Literal["adaptive"]
+    target: float = Field(gt=0)
+    horizon: float = Field(gt=0, description="in responses; larger is slower")
+
+
+AnyController = Annotated[
+    Annotated[FixedKl | AdaptiveKl, Field(discriminator="kind")], BeforeValidator(bare_kind)
+]
+
+
+class KlInReward(Section):
+    """KL to the reference taken off each token's reward."""
+
+    kind: Literal["reward"] = "reward"
+    coef: float = Field(0.01, ge=0, description="β of the KL penalty")
+    estimator: Literal["k1", "k2", "k3"] = "k1"
+    controller: AnyController = FixedKl()
+
+
+class KlInLoss(Section):
+    """KL to the reference as a loss term. k2 is the one whose gradient is that of the KL; that of
+    k1 is 0 in expectation, that of k3 is another function's.
+    """
+
+    kind: Literal["loss"]
+    coef: float = Field(0.01, ge=0, description="β of the KL term")
+    estimator: Literal["k1", "k2", "k3"] = "k2"
+    controller: AnyController = FixedKl()
+
+
+def _bare_kl(value: Any) -> Any:
+    number = bare_number(value)
+    if number != value:
+        return {"kind": "reward", "coef": number["value"]}
+    if isinstance(value, dict):
+        return {"kind": "reward", **value}
+    return bare_kind(value)
+
+
+AnyKl = Annotated[
+    Annotated[KlInReward | KlInLoss, Field(discriminator="kind")], BeforeValidator(_bare_kl)
+]
+
+
+class Clip(Section):
+    """Bounds of the ratio of new to old probability: 1 − low and 1 + high; may be written as one
+    number for both. Another `high` is DAPO's clip-higher (Yu et al. 2025, arXiv:2503.14476).
+    """
+
+    low: float = Field(0.2, gt=0, lt=1)
+    high: float = Field(0.2, gt=0)
+    dual: float | None = Field(
+        None, gt=1, description="with a negative advantage A the loss is at most −dual·A"
+    )
+
+
+def _bare_clip(value: Any) -> Any:
+    number = bare_number(value)
+    return value if number == value else {"low": number["value"], "high": number["value"]}
+
+
+class Penalise(Section):
+    """`by` is taken off the reward of a response that the token limit cut."""
+
+    kind: Literal["penalise"]
+    by: float = Field(1.0, gt=0)
+
+
+class Truncated(Section):
+    """A response that the token limit cut. `end`: as if it had ended by itself; `bootstrap`: the
+    critic's value of what would have come counts; `mask`: nothing is learned from it.
+    """
+
+    kind: Literal["end", "bootstrap", "mask"] = "end"
+
+
+AnyTruncated = Annotated[
+    Annotated[Truncated | Penalise, Field(discriminator="kind")], BeforeValidator(bare_kind)
+]
+
+
+class RewardShaping(Section):
+    """What happens to scores before advantages are made of them."""
+
+    clip: float | None = Field(None, gt=0, description="scores are cut to ± this")
+    normalise: bool = Field(
+        False, description="divide scores by the standard deviation of all scores so far"
+    )
 
 
 class Algorithm(Section):
-    advantage: Annotated[Gae, BeforeValidator(bare_kind)] = Gae()
-    whiten: bool = Field(
-        True, description="normalise advantages to mean 0, variance 1 over the whole step"
-    )
-    bootstrap_truncated: bool = Field(
-        False,
-        description="a response cut by the token limit ends with the critic's value instead of 0",
-    )
+    advantage: AnyAdvantage = Gae()
+    kl: AnyKl = Field(KlInReward(), description="in the `reward` or in the `loss`; a number is β")
+    reward: RewardShaping = RewardShaping()
+    truncated: AnyTruncated = Truncated()
     epochs: int = Field(1, ge=1, description="passes over a step's sequences")
     minibatches: int = Field(1, ge=1, description="updates in an epoch")
-    clip: float = Field(0.2, gt=0, description="ε of the clipped policy objective")
-    value_clip: float = Field(0.2, gt=0, description="ε of the clipped value loss")
-    value_coef: float = Field(0.5, gt=0, description="weight of the value loss")
-    kl_coef: float = Field(
-        0.01, ge=0, description="β of the KL penalty to the reference in the reward"
+    clip: Annotated[Clip, BeforeValidator(_bare_clip)] = Field(
+        Clip(), description="ε of the clipped policy objective"
     )
+    value_clip: float | None = Field(
+        0.2, gt=0, description="ε of the clipped value loss; null: not clipped"
+    )
+    value_coef: float = Field(0.5, gt=0, description="weight of the value loss")
+    entropy_coef: float = Field(0.0, ge=0, description="weight of the entropy bonus")
+    aggregate: Literal["token", "sequence"] = Field(
+        "token", description="whether tokens or sequences weigh the same in the policy loss"
+    )
+
+    @model_validator(mode="after")
+    def _has_value(self) -> Algorithm:
+        if self.truncated.kind == "bootstrap" and not self.has_critic:
+            raise ValueError("truncated: bootstrap needs a critic (advantage: gae)")
+        return self
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether the advantage estimator needs values."""
+        return isinstance(self.advantage, Gae)
 
 
 class Shares(Section):

@@ -39,18 +39,22 @@ def bare_number(value: Any) -> Any:
 
 
 class Constant(Section):
-    """The same number at every step; may be written as the bare number."""
+    """The same number at every step, after a rise from 0 in `warmup` steps; may be written as the
+    bare number.
+    """
 
     kind: Literal["constant"] = "constant"
     value: float = Field(ge=0)
+    warmup: int = Field(0, ge=0)
 
 
 class Linear(Section):
-    """From `start` to `end` over `steps`, `end` afterwards."""
+    """Up from 0 to `start` in `warmup` steps, then to `end` over `steps`, `end` afterwards."""
 
     kind: Literal["linear"]
     start: float = Field(ge=0)
     end: float = Field(ge=0)
+    warmup: int = Field(0, ge=0)
     steps: int = Field(gt=0)
 
 

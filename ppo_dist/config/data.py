@@ -68,6 +68,9 @@ class Critic(Section):
     path: str | None = Field(
         None, description="model whose trunk starts the critic; null: the policy's trunk"
     )
+    warmup: int = Field(
+        0, ge=0, description="first steps with rollouts in which the critic alone learns from them"
+    )
 
 
 class Columns(Section):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from ppo_dist.config.base import Constant, Scalar, Section, bare_kind
 
@@ -28,6 +28,19 @@ class RolloutSection(Section):
         ge=1,
         description="sequences that are generated together; fixes the batch, so also the numbers",
     )
+    max_logprob_gap: float = Field(
+        0.2, gt=0, description="alert above this mean |log π_rollout − log π_learner| of a token"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _whole_distribution(cls, value: Any) -> Any:
+        if isinstance(value, dict) and (cut := {"top_p", "top_k", "min_p"} & value.keys()):
+            raise ValueError(
+                f"{min(cut)} is not for training: responses drawn from a part of the distribution"
+                " make every importance ratio wrong; eval.top_p and eval.top_k are for evaluation"
+            )
+        return value
 
 
 class AdamW(Section):
@@ -65,7 +78,10 @@ class LearnerSection(Section):
     lr: Scalar = Constant(value=1e-5)
     critic_lr: Scalar = Constant(value=1e-5)
     max_grad_norm: float = Field(
-        1.0, ge=0, description="gradients are clipped to this norm; 0: not at all"
+        1.0, ge=0, description="the policy's gradients are clipped to this norm; 0: not at all"
+    )
+    critic_max_grad_norm: float = Field(
+        1.0, ge=0, description="the critic's gradients are clipped to this norm; 0: not at all"
     )
 
 
@@ -97,6 +113,8 @@ class Eval(Section):
         0, ge=0, description="steps between evaluations; 0: at the start and the end alone"
     )
     samples: int = Field(1, ge=0, description="sampled responses a prompt, beside the greedy one")
+    top_p: float = Field(1.0, gt=0, le=1, description="of sampled responses: nucleus sampling")
+    top_k: int = Field(0, ge=0, description="of sampled responses: the k likeliest tokens; 0: all")
     max_prompts: int = Field(1000, ge=1, description="at most so many held-out prompts")
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ppo_dist.config import Config
 from ppo_dist.data.chunks import chunks
 from ppo_dist.protocols import RewardSource, RolloutPool
-from ppo_dist.tracking.metrics import Row, evaluation
+from ppo_dist.tracking.metrics import Row, evaluation_row
 from ppo_dist.types import Prompt, Sampling, Scored
 
 # the same random numbers every time: between two evaluations only the policy differs
@@ -30,11 +30,18 @@ class Evaluator:
         sampled = (
             self._responses(version, temperature, count, stream="eval-sampled") if count else []
         )
-        return evaluation(greedy, sampled), greedy
+        return evaluation_row(greedy, sampled), greedy
 
     def _responses(self, version: int, temperature: float, count: int, stream: str) -> list[Scored]:
-        rollout = self._config.rollout
-        sampling = Sampling(temperature, rollout.max_new_tokens, self._config.run.seed, stream)
+        rollout, evaluation = self._config.rollout, self._config.eval
+        sampling = Sampling(
+            temperature,
+            rollout.max_new_tokens,
+            self._config.run.seed,
+            stream,
+            evaluation.top_p,
+            evaluation.top_k,
+        )
         self._pool.submit(
             chunks(self._prompts, count, rollout.chunk, EVALUATION_STEP, version, sampling)
         )

@@ -2,63 +2,141 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 
-from ppo_dist.algo.kl import k1, penalised_rewards
+from ppo_dist.algo.kl import ESTIMATORS, KlController, k1
+from ppo_dist.algo.rewards import RunningScale, penalised_rewards
 from ppo_dist.algo.tensors import pad, whiten
-from ppo_dist.config.algorithm import Algorithm
+from ppo_dist.config.algorithm import Algorithm, KlInReward, Penalise
 from ppo_dist.protocols import AdvantageEstimator
 from ppo_dist.types import Annotation, Floats, LabelledExample, Scored, TrainSequence
 
 
-def experience(
-    scored: Sequence[Scored],
-    annotations: Sequence[Annotation],
-    estimator: AdvantageEstimator,
-    algorithm: Algorithm,
-) -> list[TrainSequence]:
-    """Training sequences of a step's rollouts, advantages whitened over all of them at once."""
-    if not scored:
-        return []
-    logprobs_BR, mask_BR = pad([a.logprobs_R for a in annotations])
-    reference_BR, _ = pad([a.reference_R for a in annotations])
-    values_BR, _ = pad([a.values_R for a in annotations])
-    scores_B = torch.tensor([s.score.value for s in scored], dtype=torch.float64)
-    rewards_BR = penalised_rewards(
-        scores_B, k1(logprobs_BR, reference_BR), mask_BR, algorithm.kl_coef
-    )
-    cut_off = [s.rollout.finish == "length" and algorithm.bootstrap_truncated for s in scored]
-    value_end_B = torch.tensor(
-        [a.value_end * c for a, c in zip(annotations, cut_off, strict=True)], dtype=torch.float64
-    )
-    advantages_BR, returns_BR = estimator(rewards_BR, values_BR, mask_BR, value_end_B)
-    if algorithm.whiten:
-        advantages_BR = whiten(advantages_BR, mask_BR)
-    return [
-        _reinforced(s, a, advantages_BR[b], returns_BR[b])
-        for b, (s, a) in enumerate(zip(scored, annotations, strict=True))
-    ]
+@dataclass(frozen=True)
+class Shaped:
+    """The scores of a step as rewards are made of them; `live_B` says which responses teach."""
+
+    scores_B: torch.Tensor
+    live_B: torch.Tensor
+    cut_off_B: torch.Tensor
+
+
+class Experience:
+    """Turns annotated rollouts into training sequences; remembers the KL coefficient and the scale
+    of the scores.
+    """
+
+    def __init__(self, algorithm: Algorithm, estimator: AdvantageEstimator) -> None:
+        self._algorithm, self._estimator = algorithm, estimator
+        self._kl = KlController(algorithm.kl.coef, algorithm.kl.controller)
+        self._scale = RunningScale()
+
+    @property
+    def kl_coef(self) -> float:
+        """β of the step to come."""
+        return self._kl.coef
+
+    def __call__(
+        self, scored: Sequence[Scored], annotations: Sequence[Annotation], teaches_policy: bool
+    ) -> list[TrainSequence]:
+        """Training sequences of a step's rollouts, advantages whitened over all of them at once.
+        Without `teaches_policy` only the critic learns.
+        """
+        if not scored:
+            return []
+        algorithm, shaped = self._algorithm, self._shaped(scored)
+        logprobs_BR, mask_BR = pad([a.logprobs_R for a in annotations])
+        reference_BR, _ = pad([a.reference_R for a in annotations])
+        values_BR, _ = pad([a.values_R for a in annotations])
+        in_reward = isinstance(algorithm.kl, KlInReward)
+        estimate_BR = ESTIMATORS[algorithm.kl.estimator](logprobs_BR, reference_BR)
+        rewards_BR = penalised_rewards(
+            shaped.scores_B, estimate_BR, mask_BR, self._kl.coef if in_reward else 0.0
+        )
+        bootstraps = algorithm.truncated.kind == "bootstrap"
+        ends_B = torch.tensor([a.value_end for a in annotations], dtype=torch.float64)
+        advantages_BR, returns_BR = self._estimator(
+            rewards_BR,
+            values_BR,
+            mask_BR,
+            torch.where(shaped.cut_off_B, ends_B, 0.0) if bootstraps else torch.zeros_like(ends_B),
+            _numbered([s.rollout.prompt.uid for s in scored]),
+        )
+        if algorithm.advantage.whiten != "off":
+            by_origin = algorithm.advantage.whiten == "per_origin"
+            origin_B = _numbered([s.rollout.prompt.origin for s in scored])
+            live_BR = mask_BR & shaped.live_B[:, None]
+            advantages_BR = whiten(advantages_BR, live_BR, origin_B if by_origin else None)
+        self._kl.observe(float(k1(logprobs_BR, reference_BR).sum() / len(scored)), len(scored))
+        weights = shaped.live_B.float().numpy()
+        return [
+            _reinforced(
+                s,
+                a,
+                advantages_BR[b],
+                returns_BR[b],
+                policy_weight=weights[b] * teaches_policy,
+                value_weight=weights[b] * algorithm.has_critic,
+            )
+            for b, (s, a) in enumerate(zip(scored, annotations, strict=True))
+        ]
+
+    def _shaped(self, scored: Sequence[Scored]) -> Shaped:
+        shaping, truncated = self._algorithm.reward, self._algorithm.truncated
+        scores_B = torch.tensor([s.score.value for s in scored], dtype=torch.float64)
+        cut_off_B = torch.tensor([s.rollout.finish == "length" for s in scored])
+        if shaping.normalise:
+            self._scale.observe(scores_B)
+            scores_B = scores_B / self._scale.deviation
+        if shaping.clip is not None:
+            scores_B = scores_B.clamp(-shaping.clip, shaping.clip)
+        if isinstance(truncated, Penalise):
+            scores_B = scores_B - truncated.by * cut_off_B
+        masks = truncated.kind == "mask"
+        live_B = ~cut_off_B if masks else torch.ones_like(cut_off_B)
+        return Shaped(scores_B, live_B, cut_off_B)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The KL coefficient and the statistics of the scores."""
+        return {"kl": self._kl.state_dict(), "scale": self._scale.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a saved state."""
+        self._kl.load_state_dict(state["kl"])
+        self._scale.load_state_dict(state["scale"])
+
+
+def _numbered(names: Sequence[str]) -> torch.Tensor:
+    numbers: dict[str, int] = {}
+    return torch.tensor([numbers.setdefault(name, len(numbers)) for name in names])
 
 
 def _reinforced(
-    scored: Scored, annotation: Annotation, advantages: torch.Tensor, returns: torch.Tensor
+    scored: Scored,
+    annotation: Annotation,
+    advantages: torch.Tensor,
+    returns: torch.Tensor,
+    policy_weight: float,
+    value_weight: float,
 ) -> TrainSequence:
     rollout = scored.rollout
     count = len(rollout.tokens_R)
-    ones, zeros = np.ones(count, np.float32), np.zeros(count, np.float32)
     return TrainSequence(
         uid=f"{rollout.prompt.uid}#{rollout.index}",
         tokens_T=np.concatenate([rollout.prompt.tokens_P, rollout.tokens_R]),
         prompt_tokens=len(rollout.prompt.tokens_P),
-        policy_weight_R=ones,
-        value_weight_R=ones,
-        ce_weight_R=zeros,
+        policy_weight_R=np.full(count, policy_weight, np.float32),
+        value_weight_R=np.full(count, value_weight, np.float32),
+        ce_weight_R=np.zeros(count, np.float32),
         advantages_R=_row(advantages, count),
         returns_R=_row(returns, count),
         logprobs_R=annotation.logprobs_R,
+        reference_R=annotation.reference_R,
         values_R=annotation.values_R,
     )
 
@@ -81,6 +159,7 @@ def supervised(example: LabelledExample) -> TrainSequence:
         advantages_R=zeros,
         returns_R=zeros,
         logprobs_R=zeros,
+        reference_R=zeros,
         values_R=zeros,
     )
 
@@ -109,5 +188,19 @@ def updates(
         order = np.random.default_rng([seed, step, epoch]).permutation(len(by_prompt))
         for part in np.array_split(order, algorithm.minibatches):
             rollouts = [sequence for g in part for sequence in by_prompt[g]]
+            if algorithm.aggregate == "sequence":
+                rollouts = _equal_sequences(rollouts)
             made.append(rollouts + [supervised(example) for example in take_labelled()])
     return made
+
+
+def _equal_sequences(rollouts: Sequence[TrainSequence]) -> list[TrainSequence]:
+    """Policy weights so that Σ w·loss / N_policy is the mean over responses of the mean over their
+    tokens (Shao et al. 2024, arXiv:2402.03300, eq. 3).
+    """
+    lengths = [int(np.count_nonzero(s.policy_weight_R)) for s in rollouts]
+    mean = sum(lengths) / max(sum(length > 0 for length in lengths), 1)
+    return [
+        replace(s, policy_weight_R=s.policy_weight_R * np.float32(mean / max(length, 1)))
+        for s, length in zip(rollouts, lengths, strict=True)
+    ]

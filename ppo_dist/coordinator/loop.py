@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from ppo_dist.config import Config
+from ppo_dist.config.algorithm import KlInLoss
 from ppo_dist.coordinator.evaluate import Evaluator
-from ppo_dist.coordinator.experience import experience, updates
+from ppo_dist.coordinator.experience import Experience, updates
 from ppo_dist.coordinator.state import Checkpoints, RunState
 from ppo_dist.coordinator.stream import Stream
+from ppo_dist.coordinator.watch import Watch
 from ppo_dist.data.chunks import chunks
 from ppo_dist.protocols import (
-    AdvantageEstimator,
     LearnerGroup,
     MixSchedule,
     RewardSource,
@@ -41,7 +42,7 @@ class Parts:
     pool: RolloutPool
     learners: LearnerGroup
     reward: RewardSource
-    estimator: AdvantageEstimator
+    experience: Experience
     tracker: Tracker
     evaluator: Evaluator | None
 
@@ -54,20 +55,23 @@ class Loop:
         self._folder = Path(config.run.dir)
         self._checkpoints = Checkpoints(self._folder, config.train.keep_checkpoints)
         self._keys = keys(config)
+        self.watch = Watch(config, parts.tracker)
         self._loaded_version: int | None = None
         self._saved_step = state.step
 
     def run(self, should_stop: Callable[[], bool] = lambda: False) -> bool:
-        """Runs to the last step. False if it was asked to stop before; either way a checkpoint
-        holds the state.
+        """Runs to the last step. False if it was asked to stop before, or the watch had to stop it;
+        either way a checkpoint holds the state.
         """
         if self.state.step == 0 and self._parts.evaluator is not None:
             self._log(0, self._evaluate(Stopwatch()))
         while self.state.step < self._config.train.steps and not should_stop():
             self._pass()
+            if self.watch.verdict is not None:
+                break
         if self._saved_step != self.state.step:
             self.save()
-        if self.state.step < self._config.train.steps:
+        if self.state.step < self._config.train.steps or self.watch.verdict is not None:
             return False
         self._parts.learners.save(policy=self._folder / "policy")
         return True
@@ -78,7 +82,10 @@ class Loop:
         with watch("step"):
             row = self._step(watch)
             self.state = replace(
-                self.state, step=self.state.step + 1, version=self.state.version + 1
+                self.state,
+                step=self.state.step + 1,
+                version=self.state.version + 1,
+                reinforced=self.state.reinforced + bool(row["rollout/tokens"]),
             )
         self._parts.schedule.observe(self.state.step - 1, row)
         if self._is_due(self._config.eval.every) and self._parts.evaluator is not None:
@@ -91,7 +98,7 @@ class Loop:
     def _step(self, watch: Stopwatch) -> Row:
         config, parts, step = self._config, self._parts, self.state.step
         plan = parts.schedule.plan(step)
-        coefficients = self._coefficients(plan)
+        coefficients, kl_coef = self._coefficients(plan), parts.experience.kl_coef
         rollouts = self._generate(plan, watch)
         with watch("score"):
             scored = [
@@ -99,23 +106,30 @@ class Loop:
             ]
         with watch("annotate"):
             annotations = parts.learners.annotate(scored) if scored else []
-        sequences = experience(scored, annotations, parts.estimator, config.algorithm)
+        sequences = parts.experience(scored, annotations, coefficients.policy > 0)
         work = updates(
             sequences, lambda: parts.stream.examples(plan), config.algorithm, config.run.seed, step
         )
         with watch("update"):
             report = parts.learners.update(work, coefficients)
         parts.tracker.table(step + 1, [sample(s) for s in scored[: config.tracking.samples]])
-        return step_row(
+        row = step_row(
             plan, coefficients, self.state.version, scored, annotations, sequences, report
         )
+        self.watch.updates(step + 1, work, report)
+        self.watch.row(step + 1, row)
+        return row | {"objective/kl_coef": kl_coef}
 
     def _coefficients(self, plan: MixPlan) -> Coefficients:
-        learner, step = self._config.learner, self.state.step
+        learner, algorithm, step = self._config.learner, self._config.algorithm, self.state.step
+        warm = not algorithm.has_critic or self.state.reinforced >= self._config.critic.warmup
+        in_loss = isinstance(algorithm.kl, KlInLoss)
         return Coefficients(
-            policy=plan.policy_coef,
-            value=self._config.algorithm.value_coef,
+            policy=plan.policy_coef if warm else 0.0,
+            value=algorithm.value_coef,
             mu=plan.mu,
+            kl=self._parts.experience.kl_coef if in_loss else 0.0,
+            entropy=algorithm.entropy_coef,
             lr=value_at(learner.lr, step),
             critic_lr=value_at(learner.critic_lr, step),
         )
@@ -171,6 +185,7 @@ class Loop:
         parts = {
             "schedule": self._parts.schedule.state_dict(),
             "stream": self._parts.stream.state_dict(),
+            "experience": self._parts.experience.state_dict(),
         }
         self._saved_step = self.state.step
         return self._checkpoints.write(

@@ -17,13 +17,15 @@ STATE = "state.json"
 
 @dataclass(frozen=True)
 class RunState:
-    """How far a run is; `best` is the best held-out accuracy so far.
+    """How far a run is; `reinforced` counts steps with rollouts, `best` is the best held-out
+    accuracy so far.
 
-    Example: RunState(step=12, version=12, best=0.41, best_step=10)
+    Example: RunState(step=12, version=12, reinforced=10, best=0.41, best_step=10)
     """
 
     step: int = 0
     version: int = 0
+    reinforced: int = 0
     best: float | None = None
     best_step: int | None = None
 

@@ -83,7 +83,7 @@ def pack(sequences: Sequence[TrainSequence]) -> MicroBatch:
     """
     if not sequences:
         nothing = np.zeros(1, np.float32)
-        return MicroBatch(pack_rows([(np.zeros(2, np.int64), 1)], end=False), *[nothing] * 7)
+        return MicroBatch(pack_rows([(np.zeros(2, np.int64), 1)], end=False), *[nothing] * 8)
     return MicroBatch(
         row=pack_rows([(s.tokens_T, s.prompt_tokens) for s in sequences], end=False),
         policy_weight_K=_joined([s.policy_weight_R for s in sequences]),
@@ -92,6 +92,7 @@ def pack(sequences: Sequence[TrainSequence]) -> MicroBatch:
         advantages_K=_joined([s.advantages_R for s in sequences]),
         returns_K=_joined([s.returns_R for s in sequences]),
         logprobs_K=_joined([s.logprobs_R for s in sequences]),
+        reference_K=_joined([s.reference_R for s in sequences]),
         values_K=_joined([s.values_R for s in sequences]),
     )
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import datetime
 import gc
+import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,6 +30,12 @@ from ppo_dist.config.workers import AdamW, LearnerSection
 from ppo_dist.device import DTYPES, DeviceKind, backend
 
 M = TypeVar("M", bound=nn.Module)
+
+
+class _NotFinite(Exception):
+    """Ends a step before the optimizer changes anything; the same on all ranks."""
+
+
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
 
 
@@ -50,7 +57,7 @@ def join_group(rank: int, world: int, address: str, port: int, kind: DeviceKind)
     )
 
 
-def _zero_config(learner: LearnerSection) -> dict[str, Any]:
+def _zero_config(learner: LearnerSection, max_grad_norm: float = 0.0) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": learner.zero_stage}
     if learner.offload == "cpu":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
@@ -63,7 +70,7 @@ def _zero_config(learner: LearnerSection) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": learner.dtype == "bf16"},
         # at stage 0 DeepSpeed does not tell the norm, so the clipping is done in _clip_and_measure
-        "gradient_clipping": learner.max_grad_norm if learner.zero_stage > 0 else 0.0,
+        "gradient_clipping": max_grad_norm if learner.zero_stage > 0 else 0.0,
         "steps_per_print": 10**9,
     }
 
@@ -101,15 +108,15 @@ class ZeroEngine:
     none.
     """
 
-    def __init__(self, module: nn.Module, learner: LearnerSection) -> None:
+    def __init__(self, module: nn.Module, learner: LearnerSection, max_grad_norm: float) -> None:
         optimizer = _optimizer(module, learner)
         self._stage = learner.zero_stage
-        self._max_norm = learner.max_grad_norm
+        self._max_norm = max_grad_norm
         self._norm: float | None = None
         if self._stage == 0:
             optimizer.register_step_pre_hook(self._clip_and_measure)
         self._engine, *_ = deepspeed.initialize(
-            model=module, optimizer=optimizer, config=_zero_config(learner)
+            model=module, optimizer=optimizer, config=_zero_config(learner, max_grad_norm)
         )
         self._world = torch.distributed.get_world_size()
 
@@ -124,20 +131,26 @@ class ZeroEngine:
 
     def step(self, lr: float) -> float:
         """One optimizer step with everything since the last one. Returns the global gradient norm
-        before clipping.
+        before clipping; if that is not finite, nothing was changed.
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
-        self._engine.step()
-        if self._stage == 0:
-            assert self._norm is not None, "the optimizer's hook runs in every step"
-            return self._norm
-        return float(self._engine.get_global_grad_norm())
+        if self._stage > 0:  # DeepSpeed itself leaves a step out whose norm is not finite
+            self._engine.step()
+            return float(self._engine.get_global_grad_norm())
+        try:
+            self._engine.step()
+        except _NotFinite:
+            self._engine.optimizer.zero_grad()
+        assert self._norm is not None, "the optimizer's hook runs in every step"
+        return self._norm
 
     def _clip_and_measure(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         limit = self._max_norm if self._max_norm > 0 else float("inf")
         self._norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+        if not math.isfinite(self._norm):
+            raise _NotFinite
 
     def parameters(self, bucket_bytes: int) -> Iterator[tuple[str, torch.Tensor]]:
         """All parameters whole, name by name; under ZeRO-3 at most about `bucket_bytes` of them

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
+from ppo_dist.algo.kl import ESTIMATORS
 from ppo_dist.algo.losses import policy_term, value_term
+from ppo_dist.config.algorithm import Algorithm
 from ppo_dist.models.policy import PolicyOutput
 from ppo_dist.types import Coefficients, MicroBatch, TermSums, TokenCounts
 
@@ -29,6 +31,7 @@ class Tensors:
     advantages_K: torch.Tensor
     returns_K: torch.Tensor
     logprobs_K: torch.Tensor
+    reference_K: torch.Tensor
     values_K: torch.Tensor
 
     @classmethod
@@ -49,26 +52,37 @@ def policy_loss(
     out: PolicyOutput,
     counts: TokenCounts,
     coefficients: Coefficients,
-    clip: float,
+    algorithm: Algorithm,
 ) -> tuple[torch.Tensor, TermSums]:
-    """c_p·Σ policy·w/N_policy + μ·Σ ce·w/N_ce of one micro-batch, and the sums for the metrics.
+    """Σ (c_p·policy + β·KL − c_e·entropy)·w / N_policy + μ·Σ ce·w / N_ce of one micro-batch, and
+    the sums for the metrics.
 
     A token without weight gets no gradient, and a term without tokens is exactly zero.
     """
-    policy_live, ce_live = batch.policy_weight_K != 0, batch.ce_weight_K != 0
-    term = policy_term(out.logprobs_K, batch.logprobs_K, batch.advantages_K, clip)
-    policy_sum = torch.where(policy_live, term.loss * batch.policy_weight_K, 0.0).sum()
-    ce_sum = torch.where(ce_live, -out.logprobs_K * batch.ce_weight_K, 0.0).sum()
-    loss = policy_sum * (coefficients.policy / max(counts.policy, 1)) + ce_sum * (
-        coefficients.mu / max(counts.ce, 1)
+    live, weight_K = batch.policy_weight_K != 0, batch.policy_weight_K
+    term = policy_term(out.logprobs_K, batch.logprobs_K, batch.advantages_K, algorithm.clip)
+    policy_sum = _sum(term.loss, weight_K)
+    ce_sum = _sum(-out.logprobs_K, batch.ce_weight_K)
+    kl_sum = entropy_sum = policy_sum.new_zeros(())
+    if coefficients.kl:
+        estimate = ESTIMATORS[algorithm.kl.estimator]
+        kl_sum = _sum(estimate(out.logprobs_K, batch.reference_K), weight_K)
+    if coefficients.entropy:
+        entropy_sum = _sum(out.entropy_K, weight_K)
+    reinforced = (
+        coefficients.policy * policy_sum
+        + coefficients.kl * kl_sum
+        - coefficients.entropy * entropy_sum
     )
+    loss = reinforced / max(counts.policy, 1) + coefficients.mu * ce_sum / max(counts.ce, 1)
     sums = TermSums(
         policy_loss=policy_sum.item(),
-        clipped=term.clipped[policy_live].sum().item(),
-        kl=term.kl[policy_live].sum().item(),
-        entropy=out.entropy_K[policy_live].sum().item(),
+        clipped=term.clipped[live].sum().item(),
+        kl=term.kl[live].sum().item(),
+        kl_loss=kl_sum.item(),
+        entropy=out.entropy_K[live].sum().item(),
         ce_loss=ce_sum.item(),
-        ce_correct=out.is_argmax_K[ce_live].sum().item(),
+        ce_correct=out.is_argmax_K[batch.ce_weight_K != 0].sum().item(),
     )
     return loss, sums
 
@@ -78,11 +92,16 @@ def value_loss(
     values_K: torch.Tensor,
     counts: TokenCounts,
     coefficients: Coefficients,
-    clip: float,
+    algorithm: Algorithm,
 ) -> tuple[torch.Tensor, TermSums]:
     """c_v·Σ value·w/N_value of one micro-batch, and the sums for the metrics."""
+    term = value_term(values_K, batch.values_K, batch.returns_K, algorithm.value_clip)
+    total = _sum(term.loss, batch.value_weight_K)
     live = batch.value_weight_K != 0
-    term = value_term(values_K, batch.values_K, batch.returns_K, clip)
-    total = torch.where(live, term.loss * batch.value_weight_K, 0.0).sum()
     sums = TermSums(value_loss=total.item(), value_clipped=term.clipped[live].sum().item())
     return total * (coefficients.value / max(counts.value, 1)), sums
+
+
+def _sum(terms_K: torch.Tensor, weight_K: torch.Tensor) -> torch.Tensor:
+    """Σ term·w over the tokens with a weight; what stands at the others may even be infinite."""
+    return torch.where(weight_K != 0, terms_K * weight_K, 0.0).sum()

@@ -32,6 +32,7 @@ from ppo_dist.types import (
 )
 
 MEGABYTE = 2**20
+REINFORCED = "reinforced"  # in a checkpoint: the reference is fixed, and is not to be reset again
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class LearnerWorker:
         self._model_path, self._sender = model_path, sender
         self._trained = resume is not None
         self._policy_model = self._load_policy(model_path)
-        self._policy = ZeroEngine(self._policy_model, config.learner)
+        self._policy = ZeroEngine(self._policy_model, config.learner, config.learner.max_grad_norm)
         self._reference: torch.nn.Module | None = None
         self._critic: ZeroEngine | None = None
         self._reference_folder: Path | None = None
@@ -83,7 +84,7 @@ class LearnerWorker:
 
     def annotate(self, shard: list[list[tuple[Ints, int]]]) -> list[list[Annotation]]:
         """Annotations of (tokens_T, prompt length) pairs, micro-batch by micro-batch."""
-        if self._critic is None:
+        if self._reference is None:
             self._start_reinforcement()
         with torch.no_grad():
             return [self._annotate(rows) for rows in shard]
@@ -121,6 +122,8 @@ class LearnerWorker:
         self._policy.save(folder / "policy")
         if self._critic is not None:
             self._critic.save(folder / "critic")
+        if self._seat.rank == 0 and self._reference is not None:
+            (folder / REINFORCED).touch()
         if self._seat.rank == 0 and self._reference_folder is not None:
             shutil.copytree(
                 self._reference_folder, folder / "reference", copy_function=files.link_or_copy
@@ -142,7 +145,7 @@ class LearnerWorker:
         critic = sharded(self._learner, lambda: load_critic(path, dtype, trust))
         if self._learner.gradient_checkpointing:
             critic.trunk.gradient_checkpointing_enable({"use_reentrant": False})
-        return ZeroEngine(critic.train(), self._learner)
+        return ZeroEngine(critic.train(), self._learner, self._learner.critic_max_grad_norm)
 
     def _load_reference(self, path: str) -> None:
         self._reference = frozen(self._learner, self._load_policy(path), self._device)
@@ -153,13 +156,14 @@ class LearnerWorker:
         They come through a folder on disk, so that under ZeRO-3 no rank ever holds a whole model.
         """
         current = self._model_path
-        if self._trained and (self._resets_reference or self._config.critic.path is None):
+        if self._trained and (self._resets_reference or self._critic_starts_from_policy):
             folder = Path(self._config.run.dir) / "reference"
             self.save_policy(folder)
             current = str(folder)
             self._reference_folder = folder if self._resets_reference else None
         self._load_reference(current if self._resets_reference else self._initial_reference)
-        self._critic = self._load_critic(self._config.critic.path or current)
+        if self._config.algorithm.has_critic:
+            self._critic = self._load_critic(self._config.critic.path or current)
 
     @property
     def _resets_reference(self) -> bool:
@@ -167,15 +171,20 @@ class LearnerWorker:
         return reference.path is None and reference.reset == "after_supervised"
 
     @property
+    def _critic_starts_from_policy(self) -> bool:
+        return self._config.algorithm.has_critic and self._config.critic.path is None
+
+    @property
     def _initial_reference(self) -> str:
         return self._config.reference.path or self._model_path
 
     def _resume(self, folder: Path) -> None:
         self._policy.load(folder / "policy")
-        if (folder / "critic").exists():
+        if (folder / REINFORCED).exists():
             kept = folder / "reference"
             self._reference_folder = kept if kept.exists() else None
             self._load_reference(str(self._reference_folder or self._initial_reference))
+        if (folder / "critic").exists():
             self._critic = self._load_critic(self._config.critic.path or self._model_path)
             self._critic.load(folder / "critic")
         torch.set_rng_state(torch.load(folder / f"random-{self._seat.rank}.pt", weights_only=True))
@@ -190,7 +199,7 @@ class LearnerWorker:
     # ── passes ────────────────────────────────────────────────────────────────────────────────────
 
     def _annotate(self, rows: list[tuple[Ints, int]]) -> list[Annotation]:
-        assert self._critic is not None and self._reference is not None, "annotate() starts both"
+        assert self._reference is not None, "annotate() starts it"
         row = pack_rows(rows or [(np.zeros(2, np.int64), 1)], end=True)
         *where, targets_K = (torch.as_tensor(a).to(self._device) for a in vars(row).values())
         temperature_K = torch.full(
@@ -198,7 +207,9 @@ class LearnerWorker:
         )
         logprobs_K = self._policy(*where, targets_K, temperature_K).logprobs_K.cpu().numpy()
         reference_K = self._reference(*where, targets_K, temperature_K).logprobs_K.cpu().numpy()
-        values_K = self._critic(*where).cpu().numpy()
+        values_K = np.zeros_like(logprobs_K)
+        if self._critic is not None:
+            values_K = self._critic(*where).cpu().numpy()
         annotations, begin = [], 0
         for tokens_T, prompt in rows:
             end = begin + len(tokens_T) - prompt
@@ -238,7 +249,7 @@ class LearnerWorker:
         # the policy that acts is softmax(logits / temperature); imitation is of softmax(logits)
         temperature_K = torch.where(batch.ce_weight_K != 0, 1.0, self._config.rollout.temperature)
         out: PolicyOutput = self._policy(*batch.row, batch.targets_K, temperature_K)
-        loss, sums = policy_loss(batch, out, counts, coefficients, self._config.algorithm.clip)
+        loss, sums = policy_loss(batch, out, counts, coefficients, self._config.algorithm)
         self._policy.backward(loss)
         return sums
 
@@ -247,8 +258,6 @@ class LearnerWorker:
     ) -> TermSums:
         batch = Tensors.of(micro_batch, self._device)
         values_K = self._critic_engine(*batch.row)
-        loss, sums = value_loss(
-            batch, values_K, counts, coefficients, self._config.algorithm.value_clip
-        )
+        loss, sums = value_loss(batch, values_K, counts, coefficients, self._config.algorithm)
         self._critic_engine.backward(loss)
         return sums

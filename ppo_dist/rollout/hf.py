@@ -101,7 +101,7 @@ class HfEngine:
         lengths_B = torch.zeros(rows, dtype=torch.long, device=self._device)
         live = torch.arange(rows, device=self._device)
         for n in range(sampling.max_new_tokens):
-            tokens, logprobs = _draw(logits, uniforms_BN[live, n], sampling.temperature)
+            tokens, logprobs = _draw(logits, uniforms_BN[live, n], sampling)
             tokens_BN[live, n], logprobs_BN[live, n], lengths_B[live] = tokens, logprobs, n + 1
             going = ~torch.isin(tokens, self._stops)
             if n + 1 == sampling.max_new_tokens or not going.any():
@@ -169,7 +169,7 @@ def _uniforms(sampling: Sampling, step: int, uid: str, index: int) -> np.ndarray
 
 
 def _draw(
-    logits: torch.Tensor, uniforms_B: torch.Tensor, temperature: float
+    logits: torch.Tensor, uniforms_B: torch.Tensor, sampling: Sampling
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(tokens_B, logprobs_B): the inverse of the cumulative distribution at each uniform;
     temperature 0 takes the argmax.
@@ -177,13 +177,26 @@ def _draw(
     The sums run in float64, so that the tail of a large vocabulary is not lost; a token of
     probability 0 is never drawn.
     """
-    logprobs_BV = (logits.float() / (temperature or 1.0)).log_softmax(-1)
-    if temperature == 0:
+    logprobs_BV = (logits.float() / (sampling.temperature or 1.0)).log_softmax(-1)
+    if sampling.temperature == 0:
         tokens = logprobs_BV.argmax(-1)
     else:
-        cumulative = logprobs_BV.double().exp().cumsum(-1)
+        cumulative = _cut(logprobs_BV.double().exp(), sampling).cumsum(-1)
         point = uniforms_B[:, None] * cumulative[:, -1:]
         tokens = torch.searchsorted(cumulative, point, right=True)[:, 0].clamp(
             max=logits.shape[-1] - 1
         )
     return tokens, logprobs_BV.gather(-1, tokens[:, None])[:, 0]
+
+
+def _cut(probabilities_BV: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """Probabilities with 0 for all but the `top_k` likeliest tokens, and for those that are not in
+    the smallest set of the likeliest whose sum reaches `top_p`.
+    """
+    if sampling.top_k == 0 and sampling.top_p == 1:
+        return probabilities_BV
+    ordered, order = probabilities_BV.sort(dim=-1, descending=True, stable=True)
+    dropped = ordered.cumsum(-1) - ordered >= sampling.top_p
+    if sampling.top_k:
+        dropped[:, sampling.top_k :] = True
+    return probabilities_BV.masked_fill(dropped.gather(-1, order.argsort(-1)), 0.0)

@@ -22,20 +22,20 @@ from ppo_dist.types import MixPlan
 
 def value_at(scalar: AnyScalar, step: int) -> float:
     """The value of a scheduled number at a step, counted from 0."""
+    if isinstance(scalar, Piecewise):
+        return [value for first, value in scalar.values if first <= step][-1]
+    if step < scalar.warmup:
+        return value_at(scalar, scalar.warmup) * (step + 1) / scalar.warmup
     match scalar:
         case Constant():
             return scalar.value
         case Linear():
-            return scalar.start + (scalar.end - scalar.start) * min(step / scalar.steps, 1.0)
-        case Cosine():
-            if step < scalar.warmup:
-                return scalar.peak * (step + 1) / scalar.warmup
             progress = min((step - scalar.warmup) / scalar.steps, 1.0)
-            return scalar.floor + (scalar.peak - scalar.floor) * 0.5 * (
-                1 + math.cos(math.pi * progress)
-            )
-        case Piecewise():
-            return [value for first, value in scalar.values if first <= step][-1]
+            return scalar.start + (scalar.end - scalar.start) * progress
+        case Cosine():
+            progress = min((step - scalar.warmup) / scalar.steps, 1.0)
+            wave = 0.5 * (1 + math.cos(math.pi * progress))
+            return scalar.floor + (scalar.peak - scalar.floor) * wave
 
 
 def apportion(total: int, weights: Mapping[Origin, float]) -> dict[Origin, int]:

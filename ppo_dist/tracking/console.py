@@ -50,6 +50,10 @@ class Terminal:
     def table(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Samples are not shown."""
 
+    def alert(self, step: int, title: str, text: str) -> None:
+        """See Tracker."""
+        self._console.print(f"step {step}: {title}; {text}", style="yellow", soft_wrap=True)
+
     def close(self) -> None:
         """See Tracker."""
         if self._console.is_terminal:
@@ -119,6 +123,11 @@ class Several:
         """See Tracker."""
         for tracker in self._trackers:
             tracker.table(step, rows)
+
+    def alert(self, step: int, title: str, text: str) -> None:
+        """See Tracker."""
+        for tracker in self._trackers:
+            tracker.alert(step, title, text)
 
     def close(self) -> None:
         """See Tracker."""

@@ -15,6 +15,7 @@ class JsonLines:
 
     def __init__(self, folder: Path, after_step: int | None) -> None:
         """Keeps rows up to `after_step`, where a run is resumed; None starts anew."""
+        self._folder = folder
         for name in ("metrics.jsonl", "samples.jsonl"):
             _keep(folder / name, after_step)
         self._metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")
@@ -28,6 +29,10 @@ class JsonLines:
         """See Tracker."""
         for row in rows:
             _write(self._samples, {"step": step, **row})
+
+    def alert(self, step: int, title: str, text: str) -> None:
+        """See Tracker."""
+        record_event(self._folder, "alert", step=step, title=title, text=text)
 
     def close(self) -> None:
         """See Tracker."""

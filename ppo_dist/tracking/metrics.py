@@ -12,6 +12,7 @@ from functools import reduce
 import numpy as np
 
 from ppo_dist.config import ORIGINS, Config
+from ppo_dist.config.algorithm import KlInLoss
 from ppo_dist.types import (
     Annotation,
     Coefficients,
@@ -46,13 +47,18 @@ class Stopwatch:
 def keys(config: Config) -> list[str]:
     """Every key that a row of this run has."""
     names = [f"reward/{origin}/mean" for origin in ORIGINS if dict(config.data)[origin]]
-    names += ["reward/faults", "objective/kl"]
+    names += ["reward/faults", "objective/kl", "objective/kl_coef", "objective/advantage_std"]
     names += [
         f"policy/{k}" for k in ("loss", "approx_kl", "clip_fraction", "entropy", "grad_norm", "lr")
     ]
-    names += [
-        f"critic/{k}" for k in ("loss", "explained_variance", "clip_fraction", "grad_norm", "lr")
-    ]
+    if isinstance(config.algorithm.kl, KlInLoss):
+        names.append("policy/kl_loss")
+    if config.algorithm.has_critic:
+        names += [
+            f"critic/{k}"
+            for k in ("loss", "explained_variance", "clip_fraction", "grad_norm", "lr")
+        ]
+    names.append("guard/skipped_updates")
     names += [f"sup/{k}" for k in ("loss", "accuracy", "tokens")]
     names += ["semi/mu", "semi/labelled_share"]
     names += [
@@ -80,6 +86,7 @@ def step_row(
         **_rollouts([s.rollout for s in scored], annotations, version),
         **_updates(report, coefficients),
         "critic/explained_variance": _explained_variance(sequences),
+        "objective/advantage_std": _advantage_std(sequences),
         "semi/mu": plan.mu,
     }
 
@@ -94,7 +101,7 @@ def timings(seconds: Mapping[str, float], row: Row) -> Row:
     }
 
 
-def evaluation(greedy: Sequence[Scored], sampled: Sequence[Scored]) -> Row:
+def evaluation_row(greedy: Sequence[Scored], sampled: Sequence[Scored]) -> Row:
     """Accuracy is the share of responses with a reward of at least 1."""
     return {
         "eval/held_out/accuracy": _mean([s.score.value >= 1 for s in greedy]),
@@ -129,21 +136,24 @@ def _rollouts(rollouts: Sequence[Rollout], annotations: Sequence[Annotation], ve
 
 
 def _updates(report: StepReport, coefficients: Coefficients) -> Row:
-    total = reduce(TermSums.__add__, (u.sums for u in report.updates), TermSums())
-    policy = sum(u.counts.policy for u in report.updates)
-    value = sum(u.counts.value for u in report.updates)
-    ce = sum(u.counts.ce for u in report.updates)
+    made = [u for u in report.updates if not u.skipped]
+    total = reduce(TermSums.__add__, (u.sums for u in made), TermSums())
+    policy = sum(u.counts.policy for u in made)
+    value = sum(u.counts.value for u in made)
+    ce = sum(u.counts.ce for u in made)
     return {
+        "guard/skipped_updates": float(len(report.updates) - len(made)),
+        "policy/kl_loss": _share(total.kl_loss, policy),
         "policy/loss": _share(total.policy_loss, policy),
         "policy/approx_kl": _share(total.kl, policy),
         "policy/clip_fraction": _share(total.clipped, policy),
         "policy/entropy": _share(total.entropy, policy),
-        "policy/grad_norm": _mean([u.grad_norm for u in report.updates if u.grad_norm is not None]),
+        "policy/grad_norm": _mean([u.grad_norm for u in made if u.grad_norm is not None]),
         "policy/lr": coefficients.lr,
         "critic/loss": _share(total.value_loss, value),
         "critic/clip_fraction": _share(total.value_clipped, value),
         "critic/grad_norm": _mean(
-            [u.critic_grad_norm for u in report.updates if u.critic_grad_norm is not None]
+            [u.critic_grad_norm for u in made if u.critic_grad_norm is not None]
         ),
         "critic/lr": coefficients.critic_lr,
         "sup/loss": _share(total.ce_loss, ce),
@@ -161,6 +171,13 @@ def _explained_variance(sequences: Sequence[TrainSequence]) -> float | None:
     values = np.concatenate([s.values_R for s in sequences]).astype(np.float64)
     variance = float(returns.var())
     return 1 - float((returns - values).var()) / variance if variance > 0 else None
+
+
+def _advantage_std(sequences: Sequence[TrainSequence]) -> float | None:
+    """Of the advantages that the policy learns from; 0 means that there is nothing to learn."""
+    live = [s.advantages_R[s.policy_weight_R != 0] for s in sequences]
+    together = np.concatenate(live).astype(np.float64) if live else np.zeros(0)
+    return float(together.std()) if len(together) else None
 
 
 def _share(total: float, count: int) -> float | None:

@@ -58,6 +58,12 @@ class Wandb:
             self._table.add_data(step, *row.values())
         self._run.log({"step": step, "samples": self._table})
 
+    def alert(self, step: int, title: str, text: str) -> None:
+        """See Tracker. W&B sends it to whoever watches the run; the same title at most once in ten
+        minutes.
+        """
+        self._run.alert(title=title, text=f"step {step}: {text}", level="WARN", wait_duration=600)
+
     def close(self) -> None:
         """See Tracker."""
         self._run.finish()

@@ -18,7 +18,7 @@ import torch
 from ppo_dist.algo.advantages import Gae
 from ppo_dist.cluster.groups import LearnerActor
 from ppo_dist.config import Config
-from ppo_dist.coordinator.experience import experience, updates
+from ppo_dist.coordinator.experience import Experience, updates
 from ppo_dist.learner.group import Learners
 from ppo_dist.learner.worker import Seat
 from ppo_dist.transport.store import StoreSender
@@ -140,7 +140,7 @@ def algorithm(folder: Path, case: Case) -> Config:
                 "logits_chunk": 7,
             },
             rollout={"temperature": 0.8},
-            algorithm={"epochs": 2, "minibatches": 2, "kl_coef": 0.05},
+            algorithm={"epochs": 2, "minibatches": 2, "kl": 0.05},
             cluster={"kind": "ray"},
         )
     )
@@ -161,7 +161,7 @@ def expected(folder: str, mix: str) -> tuple[dict[str, torch.Tensor], dict[str, 
         place = {f"{s.rollout.prompt.uid}#{s.rollout.index}": i for i, s in enumerate(scored)}
         blank = [_annotation(s) for s in scored]
         cut = updates_of(
-            config, experience(scored, blank, Gae(), config.algorithm), _taught(mix, labelled), step
+            config, Experience(config.algorithm, Gae())(scored, blank, True), _taught(mix, labelled), step
         )
         targets = {e.prompt.uid: e for e in labelled}
         trainer.step(
@@ -247,10 +247,10 @@ def parameters_after(probes: Probes, config: Config, folder: str, mix: str) -> d
     learners = Learners(probes, config.learner.micro_batch_tokens)
     wanted = settings(mix)
     coefficients = Coefficients(
-        wanted.policy_coef, wanted.value_coef, wanted.mu, wanted.lr, wanted.critic_lr
+        wanted.policy_coef, wanted.value_coef, wanted.mu, 0.0, 0.0, wanted.lr, wanted.critic_lr
     )
     for step, (scored, labelled) in enumerate(work()):
-        sequences = experience(scored, learners.annotate(scored), Gae(), config.algorithm)
+        sequences = Experience(config.algorithm, Gae())(scored, learners.annotate(scored), True)
         cut = updates_of(config, sequences, _taught(mix, labelled), step)
         learners.update(cut, coefficients)
     shown = probes.call(Probe.weights, [()] * probes.world)

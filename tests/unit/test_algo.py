@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,10 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ppo_dist.algo.advantages import Gae
-from ppo_dist.algo.kl import k1, penalised_rewards
-from ppo_dist.algo.losses import MAX_LOG_RATIO, policy_term, value_term
+from ppo_dist.algo.advantages import Gae, GroupMean, ReinforcePlusPlus, Rloo
+from ppo_dist.algo.kl import ESTIMATORS, MAX_LOG_RATIO, KlController, k1, k2, k3
+from ppo_dist.algo.losses import policy_term, value_term
+from ppo_dist.algo.rewards import RunningScale, penalised_rewards
 from ppo_dist.algo.tensors import pad, whiten
+from ppo_dist.config.algorithm import AdaptiveKl, Clip, FixedKl
 
 
 def table(*rows: list[float]) -> torch.Tensor:
@@ -30,12 +33,14 @@ def close(got: torch.Tensor, wanted: torch.Tensor) -> None:
 
 
 NO_END = torch.zeros(1, dtype=torch.float64)
+ONE = torch.zeros(1, dtype=torch.long)  # all rows respond to one prompt
+CLIP = Clip(low=0.2, high=0.2)
 
 
 def test_gae_by_hand() -> None:
     gae = Gae(gamma=0.5, lam=0.4)
     values = table([1.0, 2.0, 3.0])
-    advantages, returns = gae(table([0.1, 0.2, 1.0]), values, live("xxx"), NO_END + 4.0)
+    advantages, returns = gae(table([0.1, 0.2, 1.0]), values, live("xxx"), NO_END + 4.0, ONE)
     # deltas: .1 + .5*2 - 1 = .1, .2 + .5*3 - 2 = -.3, 1 + .5*4 - 3 = 0; factor .2
     close(advantages, table([0.1 + 0.2 * -0.3, -0.3, 0.0]))
     close(returns, table([1.04, 1.7, 3.0]))
@@ -44,27 +49,27 @@ def test_gae_by_hand() -> None:
 def test_undiscounted_without_penalty_the_advantage_is_reward_less_value() -> None:
     values, mask = table([0.3, -0.2, 0.7], [0.5, 0.1, 9.0]), live("xxx", "xx.")
     rewards = penalised_rewards(table([2.0, -1.0])[0], torch.rand(2, 3).double(), mask, 0.0)
-    advantages, returns = Gae(1.0, 1.0)(rewards, values, mask, NO_END.repeat(2))
+    advantages, returns = Gae(1.0, 1.0)(rewards, values, mask, NO_END.repeat(2), ONE)
     close(advantages, table([1.7, 2.2, 1.3], [-1.5, -1.1, 0.0]))
     close(returns, table([2.0, 2.0, 2.0], [-1.0, -1.0, 0.0]))
 
 
 def test_lambda_zero_gives_the_deltas() -> None:
     rewards, values = table([0.5, 0.0, 1.0]), table([1.0, 2.0, 4.0])
-    advantages, _ = Gae(0.9, 0.0)(rewards, values, live("xxx"), NO_END)
+    advantages, _ = Gae(0.9, 0.0)(rewards, values, live("xxx"), NO_END, ONE)
     close(advantages, table([0.5 + 1.8 - 1.0, 3.6 - 2.0, 1.0 - 4.0]))
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.7, 1.0])
 def test_a_one_token_answer(lam: float) -> None:
-    advantages, returns = Gae(0.9, lam)(table([1.0]), table([0.25]), live("x"), NO_END)
+    advantages, returns = Gae(0.9, lam)(table([1.0]), table([0.25]), live("x"), NO_END, ONE)
     close(advantages, table([0.75]))
     close(returns, table([1.0]))
 
 
 def test_value_end_stands_for_the_rest_of_a_truncated_answer() -> None:
     rewards, values, mask = table([0.0, 0.0, 7.0]), table([1.0, 2.0, 7.0]), live("xx.")
-    advantages, returns = Gae(1.0, 1.0)(rewards, values, mask, NO_END + 5.0)
+    advantages, returns = Gae(1.0, 1.0)(rewards, values, mask, NO_END + 5.0, ONE)
     close(advantages, table([4.0, 3.0, 0.0]))
     close(returns, table([5.0, 5.0, 0.0]))
 
@@ -85,14 +90,14 @@ def test_masked_tokens_change_nothing(
     """Whatever stands in them and wherever they are: before, between or after."""
     gae, end_B = Gae(0.97, 0.9), NO_END + end
     rewards, values = (table(list(column)) for column in zip(*tokens, strict=True))
-    plain, plain_returns = gae(rewards, values, live("x" * len(tokens)), end_B)
+    plain, plain_returns = gae(rewards, values, live("x" * len(tokens)), end_B, ONE)
     mixed, drawn = list(tokens), ["x"] * len(tokens)
     for gap in gaps:
         mixed.insert(gap, (junk, junk))
         drawn.insert(gap, ".")
     mask = live("".join(drawn))
     with_junk = (table(list(column)) for column in zip(*mixed, strict=True))
-    advantages, returns = gae(*with_junk, mask, end_B)
+    advantages, returns = gae(*with_junk, mask, end_B, ONE)
     close(advantages[mask], plain[0])
     close(returns[mask], plain_returns[0])
     assert advantages[~mask].eq(0).all() and returns[~mask].eq(0).all()
@@ -100,8 +105,8 @@ def test_masked_tokens_change_nothing(
 
 def test_the_side_of_the_padding_does_not_matter() -> None:
     gae, end = Gae(0.9, 0.8), NO_END + 0.5
-    right = gae(table([1, 2, 3, 0, 0]), table([4, 5, 6, 0, 0]), live("xxx.."), end)
-    left = gae(table([0, 0, 1, 2, 3]), table([0, 0, 4, 5, 6]), live("..xxx"), end)
+    right = gae(table([1, 2, 3, 0, 0]), table([4, 5, 6, 0, 0]), live("xxx.."), end, ONE)
+    left = gae(table([0, 0, 1, 2, 3]), table([0, 0, 4, 5, 6]), live("..xxx"), end, ONE)
     for r, lt in zip(right, left, strict=True):
         close(r[:, :3], lt[:, 2:])
         assert r[0, 0] != 0
@@ -145,7 +150,7 @@ def test_policy_term_where_nothing_has_changed() -> None:
     chosen = torch.tensor([0, 3, 6, 2, 2])
     advantages = table([1.0, -2.0, 0.0, 0.5, -0.1])[0]
     logprobs = logits.log_softmax(-1)[torch.arange(5), chosen]
-    term = policy_term(logprobs, logprobs.detach(), advantages, clip=0.2)
+    term = policy_term(logprobs, logprobs.detach(), advantages, CLIP)
     close(term.loss.detach(), -advantages)
     assert term.clipped.tolist() == [0.0] * 5
     assert term.kl.tolist() == [0.0] * 5
@@ -170,7 +175,7 @@ def test_clipping(
     ratio: float, advantage: float, loss: float, clipped: float, slope: float
 ) -> None:
     new = torch.tensor([-1.0 + math.log(ratio)], dtype=torch.float64, requires_grad=True)
-    term = policy_term(new, new.new_tensor([-1.0]), new.new_tensor([advantage]), clip=0.2)
+    term = policy_term(new, new.new_tensor([-1.0]), new.new_tensor([advantage]), CLIP)
     term.loss.sum().backward()
     assert term.loss.item() == pytest.approx(loss)
     assert term.clipped.item() == clipped
@@ -183,7 +188,7 @@ def test_clipping(
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
 def test_a_wild_token_stays_finite(gap: float, advantage: float) -> None:
     new = torch.tensor([gap], requires_grad=True)
-    term = policy_term(new, torch.zeros(1), torch.tensor([advantage]), clip=0.2)
+    term = policy_term(new, torch.zeros(1), torch.tensor([advantage]), CLIP)
     term.loss.sum().backward()
     assert new.grad is not None
     assert all(torch.isfinite(t).all() for t in (*term, new.grad))
@@ -219,3 +224,172 @@ def test_pad() -> None:
     assert torch.equal(mask, live("xx.", "...", "xxx"))
     assert values.dtype == torch.float64
     assert pad([])[0].shape == (0, 0)
+
+
+# ── estimators without a critic ───────────────────────────────────────────────────────────────────
+
+JUNK = math.nan
+
+
+def estimated(estimator: Any, rewards: torch.Tensor, mask: torch.Tensor, *groups: int) -> list:
+    values = torch.full_like(rewards, JUNK)
+    end_B = rewards.new_zeros(len(rewards))
+    advantages, _ = estimator(rewards, values, mask, end_B, torch.tensor(groups))
+    return advantages.tolist()
+
+
+REWARDS = table([0.0, 1.0, JUNK], [0.5, 2.5, JUNK], [0.0, 0.0, 5.0], [1.0, 1.0, 1.0])
+MASK = live("xx.", "xx.", "xxx", "xxx")  # sums 1, 3 in group 7, 5 alone in group 2, 3 alone in 4
+
+
+def test_group_mean() -> None:
+    got = estimated(GroupMean(std=False), REWARDS, MASK, 7, 7, 2, 4)
+    assert got == [[-1, -1, 0], [1, 1, 0], [0, 0, 0], [0, 0, 0]]
+    deviation = math.sqrt(2)  # unbiased, of 1 and 3
+    got = estimated(GroupMean(std=True), REWARDS, MASK, 7, 7, 2, 4)
+    assert got[0] == pytest.approx([-1 / deviation, -1 / deviation, 0], rel=1e-5)
+    assert got[1][0] == -got[0][0] and not any(got[2]) and not any(got[3])
+
+
+def test_equal_rewards_of_a_group_teach_nothing() -> None:
+    same = table([1.0], [1.0], [1.0])
+    for estimator in (GroupMean(True), GroupMean(False), Rloo()):
+        assert estimated(estimator, same, live("x", "x", "x"), 1, 1, 1) == [[0.0]] * 3
+
+
+def test_rloo_compares_with_the_others() -> None:
+    rewards = table([1.0], [4.0], [10.0], [5.0])
+    got = estimated(Rloo(), rewards, live("x", "x", "x", "x"), 0, 0, 0, 9)
+    assert got == [[1 - 7.0], [4 - 5.5], [10 - 2.5], [0.0]]
+
+
+def test_rloo_is_group_mean_scaled() -> None:
+    rewards = torch.randn(6, 4, dtype=torch.float64)
+    mask, groups = live(*["xxxx"] * 6), (0, 1, 0, 1, 0, 0)
+    size = table([4.0, 2, 4, 2, 4, 4])[0][:, None]
+    mean = table(*estimated(GroupMean(False), rewards, mask, *groups))
+    close(table(*estimated(Rloo(), rewards, mask, *groups)), mean * size / (size - 1))
+
+
+def test_reinforce_plus_plus_counts_what_is_to_come() -> None:
+    rewards, mask = table([1.0, JUNK, 2.0, 4.0]), live("x.xx")
+    assert estimated(ReinforcePlusPlus(0.5), rewards, mask, 0) == [[1 + 1 + 1, 0, 2 + 2, 4]]
+
+
+# ── KL ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_kl_estimators_by_hand() -> None:
+    new, reference = table([-1.0, -3.0]), table([-2.0, -1.0])  # d = 1, −2
+    close(k1(new, reference), table([1.0, -2.0]))
+    close(k2(new, reference), table([0.5, 2.0]))
+    close(k3(new, reference), table([math.exp(-1), math.exp(2) - 3]))
+
+
+def test_kl_estimators_estimate_and_which_gradient_is_right() -> None:
+    """Over a categorical distribution of six, expectations are sums: no sampling noise."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, dtype=torch.float64, generator=generator).requires_grad_()
+    reference = torch.randn(6, dtype=torch.float64, generator=generator).log_softmax(-1)
+
+    def expectation(terms: torch.Tensor) -> torch.Tensor:
+        return (logits.softmax(-1).detach() * terms).sum()
+
+    table_ = logits.log_softmax(-1)
+    kl = (table_.exp() * (table_ - reference)).sum()
+    (true,) = torch.autograd.grad(kl, logits, retain_graph=True)
+    error = {}
+    for name, estimate in ESTIMATORS.items():
+        mean = expectation(estimate(table_, reference))
+        (gradient,) = torch.autograd.grad(mean, logits, retain_graph=True)
+        error[name] = float((gradient - true).norm() / true.norm())
+        if name != "k2":
+            assert mean.item() == pytest.approx(kl.item())
+    assert error["k1"] == pytest.approx(1)  # no gradient at all
+    assert error["k2"] < 1e-12
+    assert error["k3"] > 0.1
+    # a step down k2 brings the policy nearer to the reference
+    step = expectation(k2(table_, reference))
+    (gradient,) = torch.autograd.grad(step, logits)
+    nearer = (logits - 0.01 * gradient).detach().log_softmax(-1)
+    assert (nearer.exp() * (nearer - reference)).sum() < kl
+
+
+@pytest.mark.parametrize("gap", [5.0, -5.0, 100.0])
+def test_k3_never_loses_its_gradient(gap: float) -> None:
+    new = torch.tensor([-gap], requires_grad=True)
+    k3(new, torch.zeros(1)).sum().backward()
+    assert new.grad is not None and torch.isfinite(new.grad).all() and new.grad.abs() > 0.5
+
+
+@pytest.mark.parametrize(
+    ("kl", "factor"), [(6.0, 0.0), (6.6, 0.1), (60.0, 0.2), (5.4, -0.1), (0.0, -0.2)]
+)
+def test_the_adaptive_controller(kl: float, factor: float) -> None:
+    controller = KlController(0.5, AdaptiveKl(kind="adaptive", target=6.0, horizon=1000))
+    controller.observe(kl, responses=250)
+    assert controller.coef == pytest.approx(0.5 * (1 + factor * 0.25))
+    resumed = KlController(9.0, AdaptiveKl(kind="adaptive", target=6.0, horizon=1000))
+    resumed.load_state_dict(controller.state_dict())
+    assert resumed.coef == controller.coef
+
+
+def test_the_fixed_controller_is_what_the_config_says() -> None:
+    controller = KlController(0.5, FixedKl())
+    controller.observe(100.0, 10)
+    assert controller.coef == 0.5
+    controller.load_state_dict({"coef": 3.0})
+    assert controller.coef == 0.5
+
+
+# ── bounds, scales ────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "clipped"),
+    [
+        (1.25, 2.0, -2.5, 0.0),  # between the two bounds
+        (1.5, 2.0, -2.6, 1.0),
+        (0.7, -2.0, 1.6, 1.0),  # 0.8 is the lower bound
+        (0.85, -2.0, 1.7, 0.0),
+        (2.0, -2.0, 4.0, 0.0),
+        (9.0, -2.0, 6.0, 1.0),  # the dual bound: 3·2
+        (9.0, 2.0, -2.6, 1.0),  # not for positive advantages
+    ],
+)
+def test_bounds_of_their_own_and_the_dual_one(
+    ratio: float, advantage: float, loss: float, clipped: float
+) -> None:
+    new = torch.tensor([math.log(ratio)], dtype=torch.float64)
+    bounds = Clip(low=0.2, high=0.3, dual=3.0)
+    term = policy_term(new, torch.zeros(1), torch.tensor([advantage]), bounds)
+    assert term.loss.item() == pytest.approx(loss)
+    assert term.clipped.item() == clipped
+
+
+def test_values_may_go_unclipped() -> None:
+    term = value_term(table([5.0]), table([1.0]), table([2.0]), clip=None)
+    assert (term.loss.item(), term.clipped.item()) == (4.5, 0.0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.lists(number, min_size=1, max_size=5), min_size=1, max_size=5))
+def test_the_running_scale_is_that_of_everything_seen(chunks: list[list[float]]) -> None:
+    scale, every = RunningScale(), [x for chunk in chunks for x in chunk]
+    for chunk in chunks:
+        scale.observe(table(chunk)[0])
+    deviation = float(np.std(every, ddof=1)) if len(every) > 1 else 0.0
+    expected = deviation if deviation > 1e-6 else scale.deviation
+    assert scale.deviation == pytest.approx(expected, rel=1e-6)
+    assert scale.mean == pytest.approx(float(np.mean(every)), abs=1e-9)
+    resumed = RunningScale()
+    resumed.load_state_dict(scale.state_dict())
+    assert resumed.deviation == scale.deviation
+
+
+def test_the_running_scale_of_nothing_is_one() -> None:
+    scale = RunningScale()
+    scale.observe(torch.zeros(0))
+    assert scale.deviation == 1.0
+    scale.observe(table([2.0, 2.0])[0])
+    assert scale.deviation == 1.0

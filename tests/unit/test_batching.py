@@ -93,6 +93,7 @@ def sequence(prompt: list[int], response: list[int], scale: float = 1.0) -> Trai
         ce_weight_R=np.zeros(count, np.float32),
         advantages_R=numbers(10),
         returns_R=numbers(20),
+        reference_R=np.zeros(count, np.float32),
         logprobs_R=numbers(-30),
         values_R=numbers(40),
     )

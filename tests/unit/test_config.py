@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from ppo_dist.config import Config, InputError, impossible, sees_answer
+from ppo_dist.config.algorithm import Clip, KlInReward
 from ppo_dist.config.base import Constant, Linear
 from ppo_dist.config.load import dump, load
 
@@ -64,7 +65,7 @@ def test_defaults_of_a_minimal_config(read) -> None:
     config = read()
     assert config.train.steps == 3
     assert config.train.keep_checkpoints == 2
-    assert config.algorithm.clip == 0.2
+    assert config.algorithm.clip == Clip(low=0.2, high=0.2)
     assert config.mix.prompts == Constant(value=32)
     assert config.tracking.wandb == "auto"
 
@@ -189,11 +190,12 @@ def test_numbers_in_scientific_notation_as_yaml_reads_them(tmp_path: Path) -> No
     path = tmp_path / "run.yaml"
     text = yaml.safe_dump(MINIMAL) + "learner: {lr: 1e-3, critic_lr: {kind: constant, value: 2e-4}}"
     assert yaml.safe_load(text)["learner"]["lr"] == "1e-3"  # YAML 1.1 wants a dot
-    path.write_text(text + "\nalgorithm: {kl_coef: 1e-2}\n")
+    path.write_text(text + "\nalgorithm: {kl: 1e-2, clip: 1e-1}\n")
     config = load(path)
     assert config.learner.lr == Constant(value=0.001)
     assert config.learner.critic_lr == Constant(value=0.0002)
-    assert config.algorithm.kl_coef == 0.01
+    assert config.algorithm.kl == KlInReward(coef=0.01)
+    assert config.algorithm.clip == Clip(low=0.1, high=0.1)
 
 
 def test_dump_and_load_give_the_same_config(read, tmp_path: Path) -> None:

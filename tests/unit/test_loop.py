@@ -11,6 +11,7 @@ import pytest
 from ppo_dist.algo.advantages import Gae
 from ppo_dist.config import Config
 from ppo_dist.coordinator.evaluate import Evaluator
+from ppo_dist.coordinator.experience import Experience
 from ppo_dist.coordinator.loop import Loop, Parts
 from ppo_dist.coordinator.state import Checkpoints, read_state
 from ppo_dist.coordinator.stream import Stream
@@ -50,7 +51,7 @@ class Rig:
             self.pool,
             self.learners,
             FakeReward(),
-            Gae(),
+            Experience(self.config.algorithm, Gae()),
             self.tracker,
             evaluator,
         )

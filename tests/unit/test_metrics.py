@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from rich.console import Console
 
 from ppo_dist.config import Config
 from ppo_dist.tracking.console import Several, Terminal, describe
-from ppo_dist.tracking.metrics import STAGES, Stopwatch, evaluation, keys, step_row, timings
+from ppo_dist.tracking.metrics import STAGES, Stopwatch, evaluation_row, keys, step_row, timings
 from ppo_dist.types import (
     Annotation,
     Coefficients,
@@ -27,7 +29,9 @@ from ppo_dist.types import (
 )
 
 PLAN = MixPlan({"labelled": 1, "verifiable": 2, "unlabelled": 0}, 4, mu=0.3, policy_coef=0.7)
-COEFFICIENTS = Coefficients(policy=0.7, value=0.5, mu=0.3, lr=1e-3, critic_lr=2e-3)
+COEFFICIENTS = Coefficients(
+    policy=0.7, value=0.5, mu=0.3, kl=0.0, entropy=0.0, lr=1e-3, critic_lr=2e-3
+)
 
 
 def floats(*values: float) -> np.ndarray:
@@ -47,7 +51,10 @@ def scored(
 def sequence(returns: list[float], values: list[float]) -> TrainSequence:
     one = np.ones(len(returns), np.float32)
     tokens = np.ones(len(returns) + 1, np.int64)
-    return TrainSequence("u", tokens, 1, one, one, one, one, floats(*returns), one, floats(*values))
+    advantages = floats(*values)
+    return TrainSequence(
+        "u", tokens, 1, one, one, one, advantages, floats(*returns), one, one, floats(*values)
+    )
 
 
 ROLLOUTS = [
@@ -60,7 +67,17 @@ ANNOTATIONS = [
     Annotation(floats(-1), floats(-0.5), floats(0), 0.0),
     Annotation(floats(-1, -1, -1.5), floats(-2, -2, -2.5), floats(0, 0, 0), 0.0),
 ]
-SUMS = TermSums(-3.0, 1.0, 0.5, 12.0, 6.0, 2.0, 8.0, 3.0)
+SUMS = TermSums(
+    policy_loss=-3.0,
+    clipped=1.0,
+    kl=0.5,
+    kl_loss=1.5,
+    entropy=12.0,
+    value_loss=6.0,
+    value_clipped=2.0,
+    ce_loss=8.0,
+    ce_correct=3.0,
+)
 REPORT = StepReport(
     (
         UpdateReport(TokenCounts(policy=4, value=4, ce=10), SUMS, 1.0, 3.0),
@@ -79,6 +96,7 @@ def test_the_row_of_a_step() -> None:
             "reward/unlabelled/mean": None,
             "reward/faults": 1.0,
             "objective/kl": (1.0 - 0.5 + 3.0) / 3,  # per sequence, summed over its tokens
+            "objective/advantage_std": math.sqrt(1.6875),  # of 1 1 3 4
             "rollout/tokens": 6.0,
             "rollout/length_mean": 2.0,
             "rollout/truncated_rate": 1 / 3,
@@ -88,6 +106,7 @@ def test_the_row_of_a_step() -> None:
             "policy/approx_kl": 1 / 6,
             "policy/clip_fraction": 2 / 6,
             "policy/entropy": 24 / 6,
+            "policy/kl_loss": 3 / 6,
             "policy/grad_norm": 1.5,
             "policy/lr": 1e-3,
             "critic/loss": 12 / 6,
@@ -101,6 +120,7 @@ def test_the_row_of_a_step() -> None:
             "sup/tokens": 16.0,
             "semi/labelled_share": 16 / 22,
             "semi/mu": 0.3,
+            "guard/skipped_updates": 0.0,
         }
     )
 
@@ -115,6 +135,7 @@ def test_without_rollouts_there_is_none_and_not_nought() -> None:
     row = supervised_row()
     counted = {k for k, value in row.items() if value is not None}
     assert counted == {
+        "guard/skipped_updates",
         "rollout/tokens",
         "policy/grad_norm",
         "policy/lr",
@@ -157,13 +178,13 @@ def test_explained_variance(
 
 def test_evaluation() -> None:
     greedy = [scored("labelled", r, 1) for r in (1.0, 0.5, 1.5, 0.0)]
-    row = evaluation(greedy, [scored("labelled", 1.0, 1)])
+    row = evaluation_row(greedy, [scored("labelled", 1.0, 1)])
     assert row == {
         "eval/held_out/accuracy": 0.5,
         "eval/held_out/reward": 0.75,
         "eval/held_out/sampled_accuracy": 1.0,
     }
-    assert evaluation(greedy, [])["eval/held_out/sampled_accuracy"] is None
+    assert evaluation_row(greedy, [])["eval/held_out/sampled_accuracy"] is None
 
 
 def test_timings() -> None:
@@ -188,7 +209,7 @@ def test_the_stopwatch_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
     assert watch.seconds == {**dict.fromkeys(STAGES, 0.0), "update": 1.75, "save": 7.0}
 
 
-def config(*origins: str, held_out: bool = False) -> Config:
+def config(*origins: str, held_out: bool = False, **algorithm: str) -> Config:
     return Config.model_validate(
         {
             "run": {"dir": "x"},
@@ -199,30 +220,48 @@ def config(*origins: str, held_out: bool = False) -> Config:
                 **({"held_out": "h.jsonl"} if held_out else {}),
             },
             "reward": {"verifiable": "exact", "labelled": "exact"},
+            "algorithm": algorithm,
+            "rollout": {"group_size": 2},
         }
     )
 
 
 def test_keys_name_everything_that_a_run_tells() -> None:
     told = step_row(PLAN, COEFFICIENTS, 4, ROLLOUTS, ANNOTATIONS, [], REPORT)
-    told |= timings(Stopwatch().seconds, told) | evaluation([], [])
+    told |= timings(Stopwatch().seconds, told) | evaluation_row([], [])
+    told["objective/kl_coef"] = 0.1  # the loop knows it
     named = keys(config("labelled", "verifiable", "unlabelled", held_out=True))
     assert len(named) == len(set(named))
-    assert set(named) == set(told)
+    assert set(named) == set(told) - {"policy/kl_loss"}
     # a supervised step has the very same keys
-    assert set(supervised_row()) <= set(named)
+    assert set(supervised_row()) <= {*named, "policy/kl_loss"}
     # and what a run has no data for, it does not name
     fewer = keys(config("verifiable"))
     assert set(told) - set(fewer) == {
         "reward/labelled/mean",
         "reward/unlabelled/mean",
-        *evaluation([], []),
+        "policy/kl_loss",
+        *evaluation_row([], []),
     }
     assert set(fewer) <= set(told)
+    others = keys(config("verifiable", kl="loss", advantage="rloo"))
+    assert set(others) ^ set(fewer) == {"policy/kl_loss", *(k for k in told if "critic/" in k)}
+
+
+def test_a_skipped_update_is_counted_and_adds_nothing() -> None:
+    skipped = UpdateReport(
+        TokenCounts(5, 5, 5), TermSums(policy_loss=math.nan), math.inf, critic_grad_norm=1.0
+    )
+    report = StepReport((*REPORT.updates, skipped))
+    row = step_row(PLAN, COEFFICIENTS, 4, ROLLOUTS, ANNOTATIONS, [], report)
+    plain = step_row(PLAN, COEFFICIENTS, 4, ROLLOUTS, ANNOTATIONS, [], REPORT)
+    assert row == plain | {"guard/skipped_updates": 1.0}
 
 
 def test_sums_add_up_field_by_field() -> None:
-    assert SUMS + TermSums(ce_loss=1.0) == TermSums(-3.0, 1.0, 0.5, 12.0, 6.0, 2.0, 9.0, 3.0)
+    assert SUMS + TermSums(ce_loss=1.0) == replace(SUMS, ce_loss=SUMS.ce_loss + 1.0)
+    doubled = SUMS + SUMS
+    assert all(vars(doubled)[name] == 2 * value for name, value in vars(SUMS).items())
 
 
 def test_describe_leaves_out_what_has_no_number() -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ppo_dist.algo.advantages import Gae
+from ppo_dist.build import advantage_estimator
 from ppo_dist.config.algorithm import Algorithm
-from ppo_dist.coordinator.experience import experience, supervised, updates
+from ppo_dist.coordinator.experience import Experience, supervised, updates
 from ppo_dist.coordinator.stream import Cursor, Stream
 from ppo_dist.types import (
     Annotation,
@@ -149,10 +153,16 @@ def annotated(logprobs: list[float], reference: list[float], values: list[float]
 @pytest.mark.parametrize(("bootstrap", "end"), [(False, 0.0), (True, 4.0)])
 def test_experience(bootstrap: bool, end: float) -> None:
     """λ = γ = 1: an advantage is what is to come less the value; only truncated ends bootstrap."""
-    algorithm = Algorithm(whiten=False, kl_coef=0.5, bootstrap_truncated=bootstrap)
+    algorithm = Algorithm.model_validate(
+        {
+            "advantage": {"kind": "gae", "lam": 1.0, "whiten": "off"},
+            "kl": 0.5,
+            "truncated": "bootstrap" if bootstrap else "end",
+        }
+    )
     judged = [scored("5", 0, 1.0), scored("6", 3, 2.0, finish="length", length=1)]
     said = [annotated([-1, -2], [-2, -2], [0.25, 0.5]), annotated([-1], [-1], [0.75])]
-    first, second = experience(judged, said, Gae(1.0, 1.0), algorithm)
+    first, second = Experience(algorithm, Gae(1.0, 1.0))(judged, said, teaches_policy=True)
     assert (first.uid, second.uid) == ("5#0", "6#3")
     assert first.tokens_T.tolist() == [5, 9, 9]
     assert first.returns_R.tolist() == [0.5, 1.0]  # 1 − β·1 on the first token
@@ -161,20 +171,13 @@ def test_experience(bootstrap: bool, end: float) -> None:
     assert second.advantages_R.tolist() == [1.25 + end]
     assert first.policy_weight_R.tolist() == first.value_weight_R.tolist() == [1, 1]
     assert first.ce_weight_R.tolist() == [0, 0]
-    whitened = experience(
-        judged, said, Gae(1.0, 1.0), algorithm.model_copy(update={"whiten": True})
-    )
-    flat = np.concatenate([s.advantages_R for s in whitened])
-    assert flat.mean() == pytest.approx(0, abs=1e-6)
-    assert flat.var(ddof=1) == pytest.approx(1, rel=1e-5)
-    assert whitened[1].returns_R.tolist() == [2.0 + end]
-    assert experience([], [], Gae(), algorithm) == []
+    assert Experience(algorithm, Gae())([], [], teaches_policy=True) == []
 
 
 def reinforced(groups: int, size: int) -> list[TrainSequence]:
     judged = [scored(str(g), i, 0.0) for i in range(size) for g in range(groups)]
     said = [annotated([0, 0], [0, 0], [0, 0])] * len(judged)
-    return experience(judged, said, Gae(), Algorithm())
+    return Experience(Algorithm(), Gae())(judged, said, teaches_policy=True)
 
 
 def names(made: list[list[TrainSequence]]) -> list[list[str]]:
@@ -218,3 +221,132 @@ def test_each_update_takes_examples_of_its_own() -> None:
     assert Counter(uid for update in names(made) for uid in update) == {
         f"e{i}": 3 for i in range(4)
     }
+
+
+# ── the choices of `algorithm` ────────────────────────────────────────────────────────────────────
+
+
+def shaped(
+    choices: dict[str, Any], judged: list[Scored], said: list[Annotation]
+) -> list[TrainSequence]:
+    algorithm = Algorithm.model_validate(choices)
+    return Experience(algorithm, advantage_estimator(algorithm.advantage))(judged, said, True)
+
+
+OFF = {"advantage": {"kind": "gae", "lam": 1.0, "whiten": "off"}, "kl": 0.0}
+QUIET = annotated([-1, -1], [-1, -1], [0, 0])
+
+
+def test_whitening_spans_the_step_and_returns_stay_as_they_are() -> None:
+    judged = [scored("5", 0, 1.0), scored("6", 3, 2.0, length=1), scored("6", 4, -1.0)]
+    said = [QUIET, annotated([-1], [-1], [0.75]), QUIET]
+    made = shaped({"kl": 0.0}, judged, said)
+    flat = np.concatenate([s.advantages_R for s in made])
+    assert flat.mean() == pytest.approx(0, abs=1e-6)
+    assert flat.var(ddof=1) == pytest.approx(1, rel=1e-5)
+    assert made[1].returns_R.tolist() == [2.0]
+
+
+def test_whitening_by_origin() -> None:
+    judged = [scored(u, i, r) for u, i, r in (("5", 0, 1.0), ("5", 1, 3.0), ("6", 0, 10.0))]
+    judged += [scored("6", 1, 50.0)]
+    judged = [
+        replace(
+            s,
+            rollout=replace(
+                s.rollout,
+                prompt=replace(
+                    s.rollout.prompt,
+                    origin="labelled" if s.rollout.prompt.uid == "5" else "verifiable",
+                ),
+            ),
+        )
+        for s in judged
+    ]
+    made = shaped(
+        {"advantage": {"kind": "gae", "whiten": "per_origin", "lam": 1.0}, "kl": 0.0},
+        judged,
+        [QUIET] * 4,
+    )
+    for part in (made[:2], made[2:]):
+        flat = np.concatenate([s.advantages_R for s in part])
+        assert flat.mean() == pytest.approx(0, abs=1e-6)
+        assert flat.var(ddof=1) == pytest.approx(1, rel=1e-5)
+
+
+def test_truncated_responses_may_teach_nothing() -> None:
+    judged = [scored("5", 0, 1.0), scored("5", 1, 9.0, finish="length"), scored("6", 0, 3.0)]
+    plain = {"advantage": {"kind": "gae", "lam": 1.0}, "kl": 0.0}
+    first, cut, second = shaped({**plain, "truncated": "mask"}, judged, [QUIET] * 3)
+    assert not cut.policy_weight_R.any() and not cut.value_weight_R.any()
+    # nor do they shift the others: 1 and 3 alone are whitened
+    root = np.sqrt(3) / 2
+    assert [*first.advantages_R, *second.advantages_R] == pytest.approx([-root] * 2 + [root] * 2)
+
+
+def test_truncated_responses_may_be_penalised() -> None:
+    judged = [scored("5", 0, 1.0), scored("5", 1, 1.0, finish="length")]
+    choices = {**OFF, "truncated": {"kind": "penalise", "by": 0.75}}
+    first, cut = shaped(choices, judged, [QUIET] * 2)
+    assert first.returns_R.tolist() == [1.0, 1.0] and cut.returns_R.tolist() == [0.25, 0.25]
+
+
+def test_scores_may_be_clipped_and_scaled() -> None:
+    judged = [scored("5", 0, 1.0), scored("5", 1, 7.0)]
+    clipped = shaped({**OFF, "reward": {"clip": 2.0}}, judged, [QUIET] * 2)
+    assert [s.returns_R[0] for s in clipped] == [1.0, 2.0]
+    scaled = shaped({**OFF, "reward": {"normalise": True}}, judged, [QUIET] * 2)
+    deviation = np.std([1.0, 7.0], ddof=1)
+    assert [s.returns_R[0] for s in scaled] == pytest.approx([1 / deviation, 7 / deviation])
+
+
+@pytest.mark.parametrize(("name", "expected"), [("k1", -1.0), ("k2", 0.5), ("k3", np.e - 2)])
+def test_the_estimator_in_the_reward(name: str, expected: float) -> None:
+    said = [annotated([-3, -1], [-2, -1], [0, 0])]
+    kl = {"kind": "reward", "coef": 0.5, "estimator": name}
+    (made,) = shaped({**OFF, "kl": kl}, [scored("5", 0, 1.0)], said)
+    assert made.returns_R.tolist() == pytest.approx([1 - 0.5 * expected, 1.0])
+
+
+def test_kl_in_the_loss_leaves_the_reward_alone() -> None:
+    said = [annotated([-3, -1], [-2, -1.5], [0, 0])]
+    (made,) = shaped({**OFF, "kl": {"kind": "loss", "coef": 9.0}}, [scored("5", 0, 1.0)], said)
+    assert made.returns_R.tolist() == [1.0, 1.0]
+    assert made.reference_R.tolist() == [-2.0, -1.5]
+
+
+def test_the_adaptive_coefficient_holds_for_its_step_and_is_remembered() -> None:
+    kl = {"coef": 0.5, "controller": {"kind": "adaptive", "target": 1.0, "horizon": 10}}
+    algorithm = Algorithm.model_validate({**OFF, "kl": kl})
+    one, other = Experience(algorithm, Gae(1.0, 1.0)), Experience(algorithm, Gae(1.0, 1.0))
+    said = [annotated([-1, -1], [-3, -3], [0, 0])]  # a KL of 4: four times the target
+    (made,) = one([scored("5", 0, 1.0)], said, True)
+    assert made.returns_R.tolist() == [1 - 0.5 * 4, 1 - 0.5 * 2]
+    assert one.kl_coef == pytest.approx(0.5 * (1 + 0.2 * 1 / 10))
+    other.load_state_dict(json.loads(json.dumps(one.state_dict())))
+    assert other.kl_coef == one.kl_coef
+
+
+def test_without_a_critic_nothing_is_learned_by_one() -> None:
+    made = shaped({"advantage": "rloo"}, [scored("5", 0, 1.0), scored("5", 1, 3.0)], [QUIET] * 2)
+    assert [s.advantages_R.tolist() for s in made] == [[-2.0, -2.0], [2.0, 2.0]]
+    assert not any(s.value_weight_R.any() for s in made)
+
+
+def test_while_the_critic_warms_up_the_policy_learns_nothing() -> None:
+    judged, algorithm = [scored("5", 0, 1.0)], Algorithm()
+    (made,) = Experience(algorithm, Gae())(judged, [QUIET], teaches_policy=False)
+    assert not made.policy_weight_R.any() and made.value_weight_R.all()
+
+
+def test_sequences_may_weigh_the_same() -> None:
+    judged = [scored("5", i, 1.0, length=n) for i, n in enumerate((1, 2, 6))]
+    judged += [scored("5", 3, 1.0, finish="length", length=9)]
+    said = [annotated([0] * n, [0] * n, [0] * n) for n in (len(s.rollout.tokens_R) for s in judged)]
+    choices = {"aggregate": "sequence", "truncated": "mask"}
+    sequences = shaped(choices, judged, said)
+    (update,) = updates(sequences, list, Algorithm.model_validate(choices), 0, 0)
+    live = [s for s in update if s.policy_weight_R.any()]
+    tokens = sum(len(s.policy_weight_R) for s in live)
+    assert [float(s.policy_weight_R.sum()) / tokens for s in live] == pytest.approx([1 / 3] * 3)
+    assert all(s.value_weight_R.tolist() == [1] * len(s.value_weight_R) for s in live)

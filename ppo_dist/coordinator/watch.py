@@ -1,0 +1,92 @@
+"""Numerical safety: what was skipped is kept for inspection, and a run that cannot go on stops."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ppo_dist.config import Config
+from ppo_dist.protocols import Tracker
+from ppo_dist.tracking.metrics import Row
+from ppo_dist.types import StepReport, TrainSequence
+
+SKIPPED = "skipped"
+
+
+class Watch:
+    """Looks at every step. `verdict` says why the run must stop, once it must."""
+
+    def __init__(self, config: Config, tracker: Tracker) -> None:
+        self._folder, self._tracker = Path(config.run.dir), tracker
+        self._limit = config.train.max_skipped_updates
+        self._gap_limit = config.rollout.max_logprob_gap
+        self._in_a_row = 0
+        self.verdict: str | None = None
+
+    def updates(
+        self, step: int, updates: Sequence[Sequence[TrainSequence]], report: StepReport
+    ) -> None:
+        """Writes the sequences of every skipped update; stops the run after too many in a row."""
+        for number, (sequences, update) in enumerate(zip(updates, report.updates, strict=True)):
+            if not update.skipped:
+                self._in_a_row = 0
+                continue
+            self._in_a_row += 1
+            path = self._folder / SKIPPED / f"step-{step:08d}-update-{number}.npz"
+            write_sequences(path, sequences)
+            self._tracker.alert(
+                step,
+                f"a gradient was not finite: update {number + 1} of step {step} was skipped",
+                f"look at it with: ppo-dist replay {path}",
+            )
+        if self._in_a_row >= self._limit:
+            self.verdict = f"{self._in_a_row} updates in a row were not finite"
+
+    def row(self, step: int, row: Row) -> None:
+        """Compares what generated with what learns."""
+        gap = row["rollout/logprob_gap"]
+        if gap is not None and not gap <= self._gap_limit:
+            self._tracker.alert(
+                step,
+                f"rollout workers and learners disagree: log-probabilities differ by {gap:.3g}",
+                f"above rollout.max_logprob_gap ({self._gap_limit:g}) ratios are noise: the workers"
+                " may hold other weights, or compute in another number format",
+            )
+
+
+def write_sequences(path: Path, sequences: Sequence[TrainSequence]) -> None:
+    """Training sequences as one .npz file, without pickles."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    columns = {
+        f"{i}/{name}": np.asarray(value)
+        for i, sequence in enumerate(sequences)
+        for name, value in vars(sequence).items()
+    }
+    np.savez_compressed(path, **columns)  # type: ignore[arg-type]
+
+
+def read_sequences(path: Path) -> list[TrainSequence]:
+    """What `write_sequences` wrote."""
+    with np.load(path, allow_pickle=False) as columns:
+        count = 1 + max((int(name.split("/")[0]) for name in columns.files), default=-1)
+        names = [field.name for field in fields(TrainSequence)]
+        return [_sequence({name: columns[f"{i}/{name}"] for name in names}) for i in range(count)]
+
+
+def _sequence(columns: dict[str, Any]) -> TrainSequence:
+    plain = {"uid": str(columns["uid"]), "prompt_tokens": int(columns["prompt_tokens"])}
+    return TrainSequence(**(columns | plain))
+
+
+def not_finite(sequence: TrainSequence) -> list[str]:
+    """Names of the columns of a sequence that hold something infinite or undefined."""
+    return [
+        name
+        for name, value in vars(sequence).items()
+        if isinstance(value, np.ndarray) and not math.isfinite(float(np.sum(value)))
+    ]
