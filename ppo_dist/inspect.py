@@ -1,4 +1,4 @@
-"""What can be done beside training: a dry run, an evaluation, an export."""
+"""What can be done beside training: a dry run, an evaluation, an export, a replay."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from rich.table import Table
 from ppo_dist import build
 from ppo_dist.config import ORIGINS, Config, InputError
 from ppo_dist.coordinator.experience import supervised
-from ppo_dist.coordinator.state import read_state
+from ppo_dist.coordinator.state import Checkpoints, read_state
+from ppo_dist.coordinator.watch import not_finite, read_update
 from ppo_dist.types import Prompt
 
 
@@ -111,14 +112,44 @@ def export(checkpoint: Path, out: Path) -> None:
     if out.exists():
         raise InputError(f"{out}: exists already")
     read_state(checkpoint)
-    folder = checkpoint.resolve().parent.parent
-    if not (folder / "config.yaml").exists():
-        raise InputError(f"{checkpoint}: is not inside a run folder (RUN/checkpoints/step-…)")
-    raw = yaml.safe_load((folder / "config.yaml").read_text())
-    raw["run"]["dir"] = str(folder)  # wherever the folder is by now
-    config = build.located(Config.model_validate(raw))
-    rows = build.check(config)
-    model_path = build.model_folder(config, rows)
+    config = _config_of(checkpoint.resolve().parent.parent)
+    model_path = build.model_folder(config, build.check(config))
     with build.cluster(config), build.learners(config, model_path, checkpoint.resolve()) as group:
         group.save(policy=out.resolve())
     print(f"wrote {out}")
+
+
+def replay(update: Path, console: Console) -> None:
+    """Makes a skipped update again, from the run's newest whole checkpoint, and says what is in it
+    that is not finite. Nothing is written.
+
+    Raises:
+        InputError: the file is not a skipped update of a run.
+    """
+    sequences, coefficients = read_update(update)
+    folder = update.resolve().parent.parent
+    config = _config_of(folder)
+    checkpoint, _ = Checkpoints(folder, config.train.keep_checkpoints).newest_whole()
+    console.print(
+        f"{len(sequences)} sequences, from {checkpoint.name if checkpoint else 'the initial model'}"
+    )
+    for sequence in sequences:
+        if columns := not_finite(sequence):
+            console.print(f"{sequence.uid}: not finite: {', '.join(columns)}", highlight=False)
+    model_path = build.model_folder(config, build.check(config))
+    with build.cluster(config), build.learners(config, model_path, checkpoint) as group:
+        report = group.update([sequences], coefficients).updates[0]
+    made = Table("of this update", "")
+    for name, value in {**vars(report.counts), **vars(report.sums)}.items():
+        made.add_row(name, f"{value:g}")
+    for name in ("grad_norm", "critic_grad_norm"):
+        made.add_row(name, f"{vars(report)[name]}")
+    console.print(made)
+
+
+def _config_of(run: Path) -> Config:
+    if not (run / "config.yaml").exists():
+        raise InputError(f"{run}: is not a run folder: it has no config.yaml")
+    raw = yaml.safe_load((run / "config.yaml").read_text())
+    raw["run"]["dir"] = str(run)  # wherever the folder is by now
+    return build.located(Config.model_validate(raw))

@@ -89,6 +89,7 @@ class FakeLearners:
 
     def __init__(self) -> None:
         self.updates = 0
+        self.poisoned: set[int] = set()  # numbers of updates whose gradient is not finite
         self.events: list[str] = []
         self.seen: list[list[TrainSequence]] = []
 
@@ -104,18 +105,20 @@ class FakeLearners:
         self, updates: Sequence[Sequence[TrainSequence]], coefficients: Coefficients
     ) -> StepReport:
         self.events.append(f"update {len(updates)}")
+        reports = [self._report(self.updates + n, each) for n, each in enumerate(updates)]
         self.updates += len(updates)
         self.seen += [list(sequences) for sequences in updates]
-        return StepReport(tuple(self._report(sequences) for sequences in updates))
+        return StepReport(tuple(reports))
 
-    def _report(self, sequences: Sequence[TrainSequence]) -> UpdateReport:
+    def _report(self, number: int, sequences: Sequence[TrainSequence]) -> UpdateReport:
         counts = TokenCounts(
             policy=sum(int(np.count_nonzero(s.policy_weight_R)) for s in sequences),
             value=sum(int(np.count_nonzero(s.value_weight_R)) for s in sequences),
             ce=sum(int(np.count_nonzero(s.ce_weight_R)) for s in sequences),
         )
         sums = TermSums(policy_loss=float(counts.policy), ce_loss=2.0 * counts.ce)
-        return UpdateReport(counts, sums, grad_norm=1.0, critic_grad_norm=None)
+        norm = float("inf") if number in self.poisoned else 1.0
+        return UpdateReport(counts, sums, grad_norm=norm, critic_grad_norm=None)
 
     def publish(self, version: int) -> Weights:
         self.events.append(f"publish {version}")

@@ -27,7 +27,9 @@ class Settings:
     value_coef: float = 0.5
     clip: float = 0.2
     value_clip: float = 0.2
-    kl_coef: float = 0.05
+    kl_coef: float = 0.0  # in the reward (k1)
+    kl_loss_coef: float = 0.0  # in the loss (k2)
+    entropy_coef: float = 0.0
     gamma: float = 1.0
     lam: float = 0.95
     temperature: float = 1.0
@@ -42,6 +44,7 @@ class Sequence64:
     prompt: int
     score: float = 0.0
     logprobs: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
+    reference: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
     values: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
     advantages: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
     returns: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
@@ -86,8 +89,8 @@ class ReferenceTrainer:
         for q in rollouts:
             q.logprobs = self._logprobs(self.policy, q, s.temperature)
             q.values = self._values(q)
-            reference = self._logprobs(self.reference, q, s.temperature)
-            rewards = -s.kl_coef * (q.logprobs - reference)
+            q.reference = self._logprobs(self.reference, q, s.temperature)
+            rewards = -s.kl_coef * (q.logprobs - q.reference)
             rewards[-1] += q.score
             q.advantages = torch.zeros_like(rewards)
             next_value, next_advantage = 0.0, 0.0
@@ -111,10 +114,19 @@ class ReferenceTrainer:
         n_policy = sum(len(q.tokens) - q.prompt for q in rollouts)
         n_ce = sum(len(q.tokens) - q.prompt for q in labelled)
         for q in rollouts:
-            ratio = (self._logprobs(self.policy, q, s.temperature) - q.logprobs).exp()
+            table = self._table(self.policy, q, s.temperature)
+            logprobs = self._chosen(table, q)
+            ratio = (logprobs - q.logprobs).exp()
             clipped = ratio.clamp(1 - s.clip, 1 + s.clip)
             objective = torch.minimum(ratio * q.advantages, clipped * q.advantages)
-            (-s.policy_coef * objective.sum() / n_policy).backward()
+            entropy = -(table.exp() * table).sum(-1)
+            kl = 0.5 * (logprobs - q.reference) ** 2
+            loss = (
+                -s.policy_coef * objective.sum()
+                + s.kl_loss_coef * kl.sum()
+                - s.entropy_coef * entropy.sum()
+            )
+            (loss / n_policy).backward()
             values = self._values(q)
             near = q.values + (values - q.values).clamp(-s.value_clip, s.value_clip)
             worse = torch.maximum((values - q.returns) ** 2, (near - q.returns) ** 2)
@@ -138,9 +150,16 @@ class ReferenceTrainer:
     # ── the models ────────────────────────────────────────────────────────────────────────────────
 
     def _logprobs(self, lm: torch.nn.Module, q: Sequence64, temperature: float) -> torch.Tensor:
+        return self._chosen(self._table(lm, q, temperature), q)
+
+    def _table(self, lm: torch.nn.Module, q: Sequence64, temperature: float) -> torch.Tensor:
+        """log-probabilities of every token at each response position."""
         logits = lm(torch.tensor([q.tokens])).logits[0, q.prompt - 1 : -1] / temperature
+        return logits.log_softmax(-1)
+
+    def _chosen(self, table: torch.Tensor, q: Sequence64) -> torch.Tensor:
         targets = torch.tensor(q.tokens[q.prompt :])
-        return logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+        return table.gather(-1, targets[:, None])[:, 0]
 
     def _values(self, q: Sequence64) -> torch.Tensor:
         hidden = self.trunk(torch.tensor([q.tokens])).last_hidden_state[0]

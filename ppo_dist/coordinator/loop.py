@@ -116,7 +116,7 @@ class Loop:
         row = step_row(
             plan, coefficients, self.state.version, scored, annotations, sequences, report
         )
-        self.watch.updates(step + 1, work, report)
+        self.watch.updates(step + 1, work, coefficients, report)
         self.watch.row(step + 1, row)
         return row | {"objective/kl_coef": kl_coef}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zipfile
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -10,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from ppo_dist.config import Config
+from ppo_dist.config import Config, InputError
 from ppo_dist.protocols import Tracker
 from ppo_dist.tracking.metrics import Row
-from ppo_dist.types import StepReport, TrainSequence
+from ppo_dist.types import Coefficients, StepReport, TrainSequence
 
 SKIPPED = "skipped"
 
@@ -29,7 +30,11 @@ class Watch:
         self.verdict: str | None = None
 
     def updates(
-        self, step: int, updates: Sequence[Sequence[TrainSequence]], report: StepReport
+        self,
+        step: int,
+        updates: Sequence[Sequence[TrainSequence]],
+        coefficients: Coefficients,
+        report: StepReport,
     ) -> None:
         """Writes the sequences of every skipped update; stops the run after too many in a row."""
         for number, (sequences, update) in enumerate(zip(updates, report.updates, strict=True)):
@@ -37,15 +42,15 @@ class Watch:
                 self._in_a_row = 0
                 continue
             self._in_a_row += 1
+            if self._in_a_row >= self._limit:
+                self.verdict = f"{self._in_a_row} updates in a row were not finite"
             path = self._folder / SKIPPED / f"step-{step:08d}-update-{number}.npz"
-            write_sequences(path, sequences)
+            write_update(path, sequences, coefficients)
             self._tracker.alert(
                 step,
                 f"a gradient was not finite: update {number + 1} of step {step} was skipped",
                 f"look at it with: ppo-dist replay {path}",
             )
-        if self._in_a_row >= self._limit:
-            self.verdict = f"{self._in_a_row} updates in a row were not finite"
 
     def row(self, step: int, row: Row) -> None:
         """Compares what generated with what learns."""
@@ -59,23 +64,35 @@ class Watch:
             )
 
 
-def write_sequences(path: Path, sequences: Sequence[TrainSequence]) -> None:
-    """Training sequences as one .npz file, without pickles."""
+def write_update(
+    path: Path, sequences: Sequence[TrainSequence], coefficients: Coefficients
+) -> None:
+    """An update as one .npz file, without pickles."""
     path.parent.mkdir(parents=True, exist_ok=True)
     columns = {
         f"{i}/{name}": np.asarray(value)
         for i, sequence in enumerate(sequences)
         for name, value in vars(sequence).items()
     }
+    columns["coefficients"] = np.array(list(vars(coefficients).values()), np.float64)
     np.savez_compressed(path, **columns)  # type: ignore[arg-type]
 
 
-def read_sequences(path: Path) -> list[TrainSequence]:
-    """What `write_sequences` wrote."""
-    with np.load(path, allow_pickle=False) as columns:
-        count = 1 + max((int(name.split("/")[0]) for name in columns.files), default=-1)
-        names = [field.name for field in fields(TrainSequence)]
-        return [_sequence({name: columns[f"{i}/{name}"] for name in names}) for i in range(count)]
+def read_update(path: Path) -> tuple[list[TrainSequence], Coefficients]:
+    """What `write_update` wrote.
+
+    Raises:
+        InputError: the file is not one of those.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as columns:
+            coefficients = Coefficients(*columns["coefficients"].tolist())
+            count = len({name.split("/")[0] for name in columns.files if "/" in name})
+            names = [field.name for field in fields(TrainSequence)]
+            every = [{name: columns[f"{i}/{name}"] for name in names} for i in range(count)]
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path}: is not a skipped update of a run ({error})") from None
+    return [_sequence(columns) for columns in every], coefficients
 
 
 def _sequence(columns: dict[str, Any]) -> TrainSequence:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -22,8 +23,12 @@ class JsonLines:
         self._samples = (folder / "samples.jsonl").open("a", encoding="utf-8")
 
     def log(self, step: int, metrics: Mapping[str, float | None]) -> None:
-        """See Tracker."""
-        _write(self._metrics, {"step": step, **metrics})
+        """See Tracker. JSON has no NaN: what is not finite is null here, and an alert elsewhere."""
+        finite = {
+            name: value if value is None or math.isfinite(value) else None
+            for name, value in metrics.items()
+        }
+        _write(self._metrics, {"step": step, **finite})
 
     def table(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """See Tracker."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -43,14 +44,13 @@ class Case(NamedTuple):
     model: str
 
 
-FACTORS = Case(
-    (0, 1, 2, 3), (1, 2), (48, 4096), ("none", "cpu"), (False, True),
-    ("ppo", "supervised", "mixed"), ("gpt2", "llama"),
-)  # type: ignore[arg-type]  # fmt: skip
+FACTORS = (
+    (0, 1, 2, 3), (1, 2), (48, 4096), ("none", "cpu"), (False, True), ("ppo", "supervised", "mixed"),
+)  # fmt: skip
 GRID = [
-    case
-    for case in itertools.starmap(Case, itertools.product(*FACTORS))  # type: ignore[arg-type]
-    if not (case.stage == 0 and case.offload == "cpu")  # refused: it would do nothing
+    Case(*values, model=("gpt2", "llama")[number % 2])
+    for number, values in enumerate(itertools.product(*FACTORS))
+    if not (values[0] == 0 and values[3] == "cpu")  # refused: it would do nothing
 ]
 PAIRWISE = [
     Case(0, 1, 48, "none", False, "ppo", "llama"),
@@ -69,7 +69,9 @@ PAIRWISE = [
 MIXES = {
     "ppo": {"mu": 0.0, "policy_coef": 1.0},
     "supervised": {"mu": 1.0, "policy_coef": 0.0},
-    "mixed": {"mu": 0.5, "policy_coef": 1.0},
+    "mixed": {
+        "mu": 0.5, "policy_coef": 1.0, "kl_coef": 0.0, "kl_loss_coef": 0.3, "entropy_coef": 0.1
+    },
 }
 
 
@@ -78,7 +80,7 @@ def pairs(case: Case) -> set[tuple[int, Any, int, Any]]:
 
 
 def test_the_fast_cases_cover_all_pairs() -> None:
-    assert set().union(*map(pairs, PAIRWISE)) == set().union(*map(pairs, GRID))
+    assert set().union(*map(pairs, PAIRWISE)) >= set().union(*map(pairs, GRID))
     assert len(PAIRWISE) <= 12
 
 
@@ -121,12 +123,12 @@ def work() -> list[tuple[list[Scored], list[LabelledExample]]]:
 
 
 def settings(mix: str) -> Settings:
-    return Settings(
-        lr=0.02, critic_lr=0.3, kl_coef=0.05, temperature=0.8, value_coef=0.5, **MIXES[mix]
-    )
+    base = {"kl_coef": 0.05, "value_coef": 0.5, "temperature": 0.8}
+    return Settings(lr=0.02, critic_lr=0.3, **{**base, **MIXES[mix]})
 
 
 def algorithm(folder: Path, case: Case) -> Config:
+    wanted = settings(case.mix)
     return Config.model_validate(
         raw_config(
             folder,
@@ -140,7 +142,13 @@ def algorithm(folder: Path, case: Case) -> Config:
                 "logits_chunk": 7,
             },
             rollout={"temperature": 0.8},
-            algorithm={"epochs": 2, "minibatches": 2, "kl": 0.05},
+            algorithm={
+                "epochs": 2,
+                "minibatches": 2,
+                "kl": {"kind": "loss", "coef": wanted.kl_loss_coef}
+                if wanted.kl_loss_coef
+                else wanted.kl_coef,
+            },
             cluster={"kind": "ray"},
         )
     )
@@ -247,7 +255,14 @@ def parameters_after(probes: Probes, config: Config, folder: str, mix: str) -> d
     learners = Learners(probes, config.learner.micro_batch_tokens)
     wanted = settings(mix)
     coefficients = Coefficients(
-        wanted.policy_coef, wanted.value_coef, wanted.mu, 0.0, 0.0, wanted.lr, wanted.critic_lr
+        policy=wanted.policy_coef,
+        value=wanted.value_coef,
+        mu=wanted.mu,
+        kl=wanted.kl_loss_coef,
+        entropy=wanted.entropy_coef,
+        lr=wanted.lr,
+        critic_lr=wanted.critic_lr,
+
     )
     for step, (scored, labelled) in enumerate(work()):
         sequences = Experience(config.algorithm, Gae())(scored, learners.annotate(scored), True)
@@ -297,3 +312,35 @@ def test_agrees_with_the_reference_on_the_whole_grid(
     tmp_path: Path,
 ) -> None:
     check(case, probes, tiny_models, tmp_path)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_an_update_that_is_not_finite_changes_nothing(
+    stage: int, probes: Callable[[int], Probes], tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    """Neither parameters nor the optimizer's momentum, of policy and critic alike."""
+    case = Case(stage, 2, 48, "none", False, "mixed", "gpt2")
+    raw = algorithm(tmp_path, case).model_dump(mode="json")
+    raw["learner"]["optimizer"] = {"kind": "sgd", "momentum": 0.9}
+    config, group = Config.model_validate(raw), probes(2)
+    coefficients = Coefficients(1.0, 0.5, 0.5, 0.0, 0.0, 0.02, 0.3)
+    scored, labelled = work()[0]
+
+    def after(poisoned: bool) -> dict[str, Any]:
+        group.start(config, str(tiny_models["gpt2"]))
+        learners = Learners(group, 48)
+        sequences = Experience(config.algorithm, Gae())(scored, learners.annotate(scored), True)
+        first, second, *_ = updates_of(config, sequences, labelled, 0)
+        bad = replace(
+            first[0],
+            advantages_R=np.full_like(first[0].advantages_R, np.nan),
+            returns_R=np.full_like(first[0].returns_R, np.inf),
+        )
+        middle = [[bad, *first[1:]]] if poisoned else []
+        report = learners.update([first, *middle, second], coefficients)
+        assert [u.skipped for u in report.updates] == [False, *[True] * len(middle), False]
+        return group.call(Probe.weights, [()] * 2)[0]
+
+    with_it, without = after(True), after(False)
+    for name, values in without.items():
+        assert np.array_equal(with_it[name], values), name

@@ -15,6 +15,7 @@ from ppo_dist.coordinator.experience import Experience
 from ppo_dist.coordinator.loop import Loop, Parts
 from ppo_dist.coordinator.state import Checkpoints, read_state
 from ppo_dist.coordinator.stream import Stream
+from ppo_dist.coordinator.watch import read_update
 from ppo_dist.semi.schedule import Scheduled
 from ppo_dist.types import LabelledExample, Prompt
 from tests.conftest import raw_config
@@ -60,6 +61,7 @@ class Rig:
             assert newest is not None
             state, saved = read_state(newest)
             stream.load_state_dict(saved["stream"])
+            parts.experience.load_state_dict(saved["experience"])
             self.learners.restore(newest)
             self.loop = Loop(self.config, parts, state)
         else:
@@ -149,3 +151,63 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     Rig(tmp_path, train=train).loop.run()
     kept = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
     assert kept == ["step-00000003", "step-00000004"]
+
+
+EACH = {"every": 1}
+ADAPTIVE = {"kl": {"coef": 0.5, "controller": {"kind": "adaptive", "target": 0.01, "horizon": 30}}}
+
+
+def test_controller_and_scale_survive_a_checkpoint(tmp_path: Path) -> None:
+    algorithm = {**ADAPTIVE, "reward": {"normalise": True}}
+    whole = Rig(tmp_path / "whole", train={"steps": 4}, algorithm=algorithm, eval=EACH)
+    whole.loop.run()
+    first = Rig(tmp_path / "parts", train={"steps": 2}, algorithm=algorithm, eval=EACH)
+    first.loop.run()
+    second = Rig(
+        tmp_path / "parts", resume=True, train={"steps": 4}, algorithm=algorithm, eval=EACH
+    )
+    second.loop.run()
+    assert first.numbers() + second.numbers() == whole.numbers()
+    coefficients = [row["objective/kl_coef"] for row in whole.numbers()[1:]]
+    assert coefficients[0] == 0.5 and len(set(coefficients)) > 1
+
+
+def test_the_critic_warms_up_in_the_first_steps_with_rollouts(tmp_path: Path) -> None:
+    schedule = {"schedule": {"kind": "supervised_first", "steps": 1, "then": 0.5}}
+    train, critic = {"steps": 4}, {"warmup": 2}
+    rig = Rig(tmp_path, mix=schedule, train=train, critic=critic, algorithm={"minibatches": 1})
+    rig.loop.run()
+    of_steps = [
+        (any(s.policy_weight_R.any() for s in u), any(s.value_weight_R.any() for s in u))
+        for u in rig.learners.seen
+    ]
+    assert of_steps == [(False, False), (False, True), (False, True), (True, True)]
+    assert rig.loop.state.reinforced == 3
+
+
+def test_skipped_updates_are_kept_and_too_many_stop_the_run(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, train={"steps": 9, "max_skipped_updates": 3})
+    rig.learners.poisoned = {2, 4, 5, 6}  # two updates a step
+    assert not rig.loop.run()
+    assert rig.loop.watch.verdict == "3 updates in a row were not finite"
+    assert rig.loop.state.step == 4  # update 6 is the first of step 4, whose other one was good
+    kept = sorted(p.name for p in (tmp_path / "skipped").iterdir())
+    assert kept == [
+        f"step-0000000{step}-update-{n}.npz" for step, n in ((2, 0), (3, 0), (3, 1), (4, 0))
+    ]
+    replayed, coefficients = read_update(tmp_path / "skipped" / kept[0])
+    assert (coefficients.mu, coefficients.lr) == (0.5, 0.05)
+    for got, sent in zip(replayed, rig.learners.seen[2], strict=True):
+        for name, value in vars(sent).items():
+            assert np.array_equal(getattr(got, name), value), name
+    assert [row["guard/skipped_updates"] for row in rig.tracker.rows[1:]] == [0, 1, 2, 1]
+    assert sum("not finite" in title for _, title, _ in rig.tracker.alerts) == 4
+    assert (tmp_path / "checkpoints" / "step-00000004").exists()
+
+
+def test_an_alert_when_workers_and_learners_disagree(tmp_path: Path) -> None:
+    rollout = {"max_logprob_gap": 0.05}  # the fakes: 0.5 when new, a tenth more an update
+    rig = Rig(tmp_path, rollout=rollout, train={"steps": 2}, eval={"every": 0})
+    rig.loop.run()
+    ((step, title, _),) = rig.tracker.alerts
+    assert step == 2 and "disagree" in title
