@@ -218,14 +218,14 @@ def learners(config: Config, model_path: str, resume: Path | None) -> Iterator[L
     """
     from ppo_dist.learner.group import InProcess, Learners
 
-    budget = config.learner.micro_batch_tokens
+    budget, shared = config.learner.micro_batch_tokens, config.critic.shared
     if config.cluster.kind == "local":
         from ppo_dist.learner.worker import LearnerWorker, Seat
         from ppo_dist.transport.memory import MemorySender
 
         seat = Seat(0, 1, "127.0.0.1", _free_port(), _local_device(config))
         worker = LearnerWorker(config, model_path, MemorySender(), seat, resume)
-        yield Learners(InProcess(worker), budget)
+        yield Learners(InProcess(worker), budget, shared)
         return
     from ppo_dist.cluster.groups import RayRanks
     from ppo_dist.cluster.session import places
@@ -233,7 +233,7 @@ def learners(config: Config, model_path: str, resume: Path | None) -> Iterator[L
 
     with places(config, config.learner.workers, config.learner.cpus) as reserved:
         sender = StoreSender(config.transport.bucket_mb * 2**20)
-        yield Learners(RayRanks(config, model_path, sender, reserved, resume), budget)
+        yield Learners(RayRanks(config, model_path, sender, reserved, resume), budget, shared)
 
 
 @contextlib.contextmanager

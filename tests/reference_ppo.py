@@ -13,7 +13,11 @@ from dataclasses import dataclass, field
 import torch
 from transformers import AutoModel, AutoModelForCausalLM
 
+from ppo_dist.config.data import Lora
+from ppo_dist.models.lora import add_adapters
 from ppo_dist.types import Rollout
+
+LORA, SEED = Lora(rank=4, alpha=8), 3
 
 
 @dataclass(frozen=True)
@@ -57,19 +61,27 @@ class Sequence64:
 
 
 class ReferenceTrainer:
-    """Policy, reference and critic with SGD, all in float64."""
+    """Policy, reference and critic with SGD, all in float64. Variants: `lora` trains adapters of
+    the policy, `shared` has the critic's head on the policy's trunk.
+    """
 
-    def __init__(self, folder: str, settings: Settings) -> None:
+    def __init__(self, folder: str, settings: Settings, variant: str = "plain") -> None:
         def causal() -> torch.nn.Module:
             return AutoModelForCausalLM.from_pretrained(
                 folder, dtype=torch.float64, attn_implementation="eager"
             ).eval()
 
-        self.settings = settings
+        self.settings, self.variant = settings, variant
         self.policy, self.reference = causal(), causal()
-        self.trunk = AutoModel.from_pretrained(
-            folder, dtype=torch.float64, attn_implementation="eager"
-        ).eval()
+        if variant == "lora":  # the same beginning, drawn in fp32
+            drawn = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+            add_adapters(drawn, LORA, SEED)
+            self.policy = drawn.double().eval()
+        self.trunk = self.policy.base_model
+        if variant != "shared":
+            self.trunk = AutoModel.from_pretrained(
+                folder, dtype=torch.float64, attn_implementation="eager"
+            ).eval()
         self.head = torch.zeros(1, self.trunk.config.hidden_size, dtype=torch.float64)
         self.head.requires_grad_(True)
 
@@ -134,8 +146,12 @@ class ReferenceTrainer:
         for q in labelled:
             nll = -self._logprobs(self.policy, q, 1.0).sum()
             (s.mu * nll / n_ce).backward()
-        self._descend(list(self.policy.parameters()), s.lr)
-        self._descend([*self.trunk.parameters(), self.head], s.critic_lr)
+        if self.variant == "shared":
+            self._descend(list(self.policy.parameters()), s.lr)
+            self._descend([self.head], s.critic_lr)
+        else:
+            self._descend(list(self.policy.parameters()), s.lr)
+            self._descend([*self.trunk.parameters(), self.head], s.critic_lr)
 
     def _descend(self, parameters: list[torch.Tensor], lr: float) -> None:
         live = [p for p in parameters if p.grad is not None]
@@ -167,7 +183,24 @@ class ReferenceTrainer:
 
     def parameters(self) -> dict[str, torch.Tensor]:
         """By the names that they have in the system."""
-        policy = {f"policy.lm.{n}": p for n, p in self.policy.named_parameters()}
+        policy = {f"policy.{n}": p for n, p in self.policy.named_parameters()}
+        if self.variant == "lora":
+            policy = {f"policy.{n}": p for n, p in self._merged()}
         critic = {f"critic.trunk.{n}": p for n, p in self.trunk.named_parameters()}
         every = {**policy, **critic, "critic.head.weight": self.head}
+        if self.variant == "shared":
+            every = {**policy, "value_head.weight": self.head}
         return {name: p.detach().clone() for name, p in every.items()}
+
+    def _merged(self) -> list[tuple[str, torch.Tensor]]:
+        """As peft itself merges them."""
+        made = []
+        for name, p in self.policy.named_parameters():
+            if ".lora_" in name:
+                continue
+            delta = 0.0
+            if name.endswith(".base_layer.weight"):
+                layer = self.policy.get_submodule(name.removesuffix(".base_layer.weight"))
+                delta = layer.get_delta_weight("default")
+            made.append((name.replace(".base_layer", ""), p + delta))
+        return made

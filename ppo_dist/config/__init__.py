@@ -115,6 +115,13 @@ def impossible(config: Config) -> list[str]:
             f"algorithm.advantage {c.algorithm.advantage.kind} compares responses to one prompt: "
             "rollout.group_size must be 2 or more"
         )
+    if c.model.lora is not None and (c.reference.path or c.reference.reset != "never"):
+        problems.append(
+            "with model.lora the reference is the policy without its adapter: "
+            "set reference.reset to never, and no reference.path"
+        )
+    if c.critic.shared and c.critic.path is not None:
+        problems.append("critic.shared has no model of its own: critic.path must be null")
     if not c.algorithm.has_critic and c.critic != Critic():
         problems.append("critic.* has no effect without a critic (algorithm.advantage gae)")
     if c.data.held_out and c.reward.labelled is None:

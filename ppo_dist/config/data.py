@@ -36,12 +36,25 @@ class FromScratch(Section):
         return self
 
 
+class Lora(Section):
+    """Low-rank adapters in place of the policy's own weights (Hu et al. 2021, arXiv:2106.09685)."""
+
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32.0, gt=0, description="adapters are scaled by alpha / rank")
+    targets: Literal["all-linear"] | list[str] = Field(
+        "all-linear", description="names of the linear layers that get one; all but the output head"
+    )
+
+
 class Model(Section):
     path: str | None = Field(
         None, description="Hugging Face folder or hub name of the initial policy"
     )
     scratch: FromScratch | None = Field(
         None, description="make a small random model instead of loading one"
+    )
+    lora: Lora | None = Field(
+        None, description="train adapters of the policy, merged where it is published or exported"
     )
     trust_remote_code: bool = Field(
         False, description="let the model folder run its own Python code"
@@ -67,6 +80,9 @@ class Reference(Section):
 class Critic(Section):
     path: str | None = Field(
         None, description="model whose trunk starts the critic; null: the policy's trunk"
+    )
+    shared: bool = Field(
+        False, description="a value head on the policy's own trunk instead of a second model"
     )
     warmup: int = Field(
         0, ge=0, description="first steps with rollouts in which the critic alone learns from them"

@@ -108,8 +108,17 @@ class ZeroEngine:
     none.
     """
 
-    def __init__(self, module: nn.Module, learner: LearnerSection, max_grad_norm: float) -> None:
-        optimizer = _optimizer(module, learner)
+    def __init__(
+        self,
+        module: nn.Module,
+        learner: LearnerSection,
+        max_grad_norm: float,
+        apart: nn.Module | None = None,
+    ) -> None:
+        """`apart` is a part of the module with a learning rate of its own. Frozen parameters stay
+        as they are.
+        """
+        optimizer = _optimizer(_groups(module, apart), learner)
         self._stage = learner.zero_stage
         self._max_norm = max_grad_norm
         self._norm: float | None = None
@@ -129,11 +138,12 @@ class ZeroEngine:
         """
         self._engine.backward(loss_sum * self._world, scale_wrt_gas=False)
 
-    def step(self, lr: float) -> float:
-        """One optimizer step with everything since the last one. Returns the global gradient norm
-        before clipping; if that is not finite, nothing was changed.
+    def step(self, *lrs: float) -> float:
+        """One optimizer step with everything since the last one, with the learning rate of the
+        module and, where there is one, that of the part that stands apart. Returns the global
+        gradient norm before clipping; if that is not finite, nothing was changed.
         """
-        for group in self._engine.optimizer.param_groups:
+        for group, lr in zip(self._engine.optimizer.param_groups, lrs, strict=True):
             group["lr"] = lr
         if self._stage > 0:  # DeepSpeed itself leaves a step out whose norm is not finite
             self._engine.step()
@@ -178,18 +188,24 @@ class ZeroEngine:
             raise FileNotFoundError(f"{folder}: DeepSpeed found no state to load")
 
 
-def _optimizer(module: nn.Module, learner: LearnerSection) -> torch.optim.Optimizer:
+def _groups(module: nn.Module, apart: nn.Module | None) -> list[dict[str, Any]]:
+    live = {id(p): p for p in module.parameters() if p.requires_grad}
+    own = [] if apart is None else [live.pop(id(p)) for p in apart.parameters()]
+    return [{"params": group} for group in (list(live.values()), own) if group]
+
+
+def _optimizer(groups: list[dict[str, Any]], learner: LearnerSection) -> torch.optim.Optimizer:
     chosen = learner.optimizer
     if isinstance(chosen, AdamW):
         return torch.optim.AdamW(
-            module.parameters(),
+            groups,
             lr=0.0,
             betas=chosen.betas,
             eps=chosen.eps,
             weight_decay=chosen.weight_decay,
             fused=True,
         )
-    return torch.optim.SGD(module.parameters(), lr=0.0, momentum=chosen.momentum)
+    return torch.optim.SGD(groups, lr=0.0, momentum=chosen.momentum)
 
 
 def _buckets(named: list[tuple[str, Any]], limit: int) -> Iterator[list[tuple[str, Any]]]:

@@ -57,9 +57,10 @@ class InProcess:
 class Learners:
     """The LearnerGroup of the system; see protocols.py."""
 
-    def __init__(self, ranks: Ranks, micro_batch_tokens: int) -> None:
+    def __init__(self, ranks: Ranks, micro_batch_tokens: int, shares_trunk: bool = False) -> None:
         self._ranks = ranks
         self._budget = micro_batch_tokens
+        self._shares_trunk = shares_trunk
 
     def annotate(self, scored: Sequence[Scored]) -> list[Annotation]:
         """See LearnerGroup."""
@@ -103,10 +104,15 @@ class Learners:
         counts = count_tokens(sequences)
         taught = [s for s in sequences if s.policy_weight_R.any() or s.ce_weight_R.any()]
         valued = [s for s in sequences if s.value_weight_R.any()]
+        if self._shares_trunk:
+            named = {id(s) for s in (*taught, *valued)}
+            taught, valued = [s for s in sequences if id(s) in named], []
         policy, critic = self._packed(taught), self._packed(valued)
         return [UpdateShard(policy[r], critic[r], counts) for r in range(self._ranks.world)]
 
     def _packed(self, sequences: Sequence[TrainSequence]) -> list[tuple[MicroBatch, ...]]:
+        if not sequences:
+            return [()] * self._ranks.world
         rows = [(s.tokens_T, s.prompt_tokens) for s in sequences]
         parts = shares(rows, self._ranks.world, self._budget)
         return [tuple(pack([sequences[i] for i in members]) for members in part) for part in parts]

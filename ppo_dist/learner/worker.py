@@ -5,6 +5,7 @@ Ray actor.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from ppo_dist.data.batching import pack_rows
 from ppo_dist.learner.engine import ZeroEngine, barrier, frozen, join_group, model_dtype, sharded
 from ppo_dist.learner.losses import Tensors, policy_loss, value_loss
 from ppo_dist.models.critic import load_critic
+from ppo_dist.models.lora import adapters_off, add_adapters, merged
 from ppo_dist.models.policy import PolicyModel, PolicyOutput, load_policy
 from ppo_dist.protocols import WeightSender
 from ppo_dist.types import (
@@ -52,7 +54,7 @@ class Seat:
 @dataclass(frozen=True, eq=False)
 class UpdateShard:
     """One rank's part of one update: as many micro-batches as every other rank has, for each of the
-    two models.
+    two models; none where the model learns nothing. With a shared trunk all are the policy's.
     """
 
     policy: tuple[MicroBatch, ...]
@@ -72,9 +74,17 @@ class LearnerWorker:
         self._config, self._learner, self._seat = config, config.learner, seat
         self._model_path, self._sender = model_path, sender
         self._trained = resume is not None
-        self._policy_model = self._load_policy(model_path)
-        self._policy = ZeroEngine(self._policy_model, config.learner, config.learner.max_grad_norm)
-        self._reference: torch.nn.Module | None = None
+        self._shares_trunk = config.algorithm.has_critic and config.critic.shared
+        self._policy_model = self._load_policy(model_path, self._shares_trunk)
+        if config.model.lora is not None:
+            add_adapters(self._policy_model.lm, config.model.lora, config.run.seed)
+        self._policy = ZeroEngine(
+            self._policy_model,
+            config.learner,
+            config.learner.max_grad_norm,
+            apart=self._policy_model.value_head,
+        )
+        self._reference: Callable[..., PolicyOutput] | None = None
         self._critic: ZeroEngine | None = None
         self._reference_folder: Path | None = None
         if resume is not None:
@@ -98,22 +108,19 @@ class LearnerWorker:
 
     def publish(self, version: int) -> Weights | None:
         """Sends the policy out from rank 0; the others only lend their shards."""
-        parameters = self._policy.parameters(self._config.transport.bucket_mb * MEGABYTE)
-        named = ((name.removeprefix("lm."), tensor) for name, tensor in parameters)
         if self._seat.rank == 0:
-            return self._sender.publish(version, named)
-        for _ in named:
+            return self._sender.publish(version, self._published())
+        for _ in self._published():
             pass
         return None
 
     def save_policy(self, folder: Path) -> None:
         """Writes the policy as a Hugging Face folder, whole or not at all."""
-        parameters = self._policy.parameters(self._config.transport.bucket_mb * MEGABYTE)
         if self._seat.rank != 0:
-            for _ in parameters:
+            for _ in self._published():
                 pass
         else:
-            state = {name.removeprefix("lm."): tensor.cpu().clone() for name, tensor in parameters}
+            state = {name: tensor.cpu().clone() for name, tensor in self._published()}
             self._write_policy(folder, state)
         barrier()
 
@@ -131,14 +138,20 @@ class LearnerWorker:
         torch.save(torch.get_rng_state(), folder / f"random-{self._seat.rank}.pt")
         barrier()
 
+    def _published(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The language model's parameters as others know them. Every rank must take all."""
+        parameters = self._policy.parameters(self._config.transport.bucket_mb * MEGABYTE)
+        named = ((n.removeprefix("lm."), p) for n, p in parameters if n.startswith("lm."))
+        return merged(self._policy_model.lm, named)
+
     # ── models ────────────────────────────────────────────────────────────────────────────────────
 
-    def _load_policy(self, path: str) -> PolicyModel:
+    def _load_policy(self, path: str, has_value_head: bool = False) -> PolicyModel:
         dtype, trust = model_dtype(self._learner), self._config.model.trust_remote_code
         lm = sharded(self._learner, lambda: load_policy(path, dtype, trust))
         if self._learner.gradient_checkpointing:
             lm.gradient_checkpointing_enable({"use_reentrant": False})
-        return PolicyModel(lm.train(), self._learner.logits_chunk)
+        return PolicyModel(lm.train(), self._learner.logits_chunk, has_value_head)
 
     def _load_critic(self, path: str) -> ZeroEngine:
         dtype, trust = model_dtype(self._learner), self._config.model.trust_remote_code
@@ -148,7 +161,15 @@ class LearnerWorker:
         return ZeroEngine(critic.train(), self._learner, self._learner.critic_max_grad_norm)
 
     def _load_reference(self, path: str) -> None:
-        self._reference = frozen(self._learner, self._load_policy(path), self._device)
+        if self._config.model.lora is None:
+            self._reference = frozen(self._learner, self._load_policy(path), self._device)
+        else:
+            self._reference = self._without_adapters
+
+    def _without_adapters(self, *row: torch.Tensor) -> PolicyOutput:
+        with adapters_off(self._policy_model.lm):
+            out: PolicyOutput = self._policy(*row)
+        return out
 
     def _start_reinforcement(self) -> None:
         """Fixes the reference and starts the critic, both from the policy as it is now.
@@ -162,7 +183,7 @@ class LearnerWorker:
             current = str(folder)
             self._reference_folder = folder if self._resets_reference else None
         self._load_reference(current if self._resets_reference else self._initial_reference)
-        if self._config.algorithm.has_critic:
+        if self._config.algorithm.has_critic and not self._shares_trunk:
             self._critic = self._load_critic(self._config.critic.path or current)
 
     @property
@@ -172,7 +193,8 @@ class LearnerWorker:
 
     @property
     def _critic_starts_from_policy(self) -> bool:
-        return self._config.algorithm.has_critic and self._config.critic.path is None
+        critic = self._config.critic
+        return self._config.algorithm.has_critic and critic.path is None and not critic.shared
 
     @property
     def _initial_reference(self) -> str:
@@ -205,9 +227,9 @@ class LearnerWorker:
         temperature_K = torch.full(
             targets_K.shape, self._config.rollout.temperature, device=self._device
         )
-        logprobs_K = self._policy(*where, targets_K, temperature_K).logprobs_K.cpu().numpy()
+        out: PolicyOutput = self._policy(*where, targets_K, temperature_K)
         reference_K = self._reference(*where, targets_K, temperature_K).logprobs_K.cpu().numpy()
-        values_K = np.zeros_like(logprobs_K)
+        logprobs_K, values_K = out.logprobs_K.cpu().numpy(), out.values_K.cpu().numpy()
         if self._critic is not None:
             values_K = self._critic(*where).cpu().numpy()
         annotations, begin = [], 0
@@ -227,11 +249,12 @@ class LearnerWorker:
 
     def _update(self, shard: UpdateShard, coefficients: Coefficients) -> UpdateReport:
         sums, grad_norm, critic_norm = TermSums(), None, None
-        if shard.counts.policy or shard.counts.ce:
+        if shard.policy:
             for micro_batch in shard.policy:
                 sums += self._policy_backward(micro_batch, shard.counts, coefficients)
-            grad_norm = self._policy.step(coefficients.lr)
-        if shard.counts.value:
+            of_head = [coefficients.critic_lr] if self._shares_trunk else []
+            grad_norm = self._policy.step(coefficients.lr, *of_head)
+        if shard.critic:
             for micro_batch in shard.critic:
                 sums += self._critic_backward(micro_batch, shard.counts, coefficients)
             critic_norm = self._critic_engine.step(coefficients.critic_lr)
@@ -250,6 +273,11 @@ class LearnerWorker:
         temperature_K = torch.where(batch.ce_weight_K != 0, 1.0, self._config.rollout.temperature)
         out: PolicyOutput = self._policy(*batch.row, batch.targets_K, temperature_K)
         loss, sums = policy_loss(batch, out, counts, coefficients, self._config.algorithm)
+        if self._shares_trunk:
+            of_value, more = value_loss(
+                batch, out.values_K, counts, coefficients, self._config.algorithm
+            )
+            loss, sums = loss + of_value, sums + more
         self._policy.backward(loss)
         return sums
 

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import AutoModel, PreTrainedModel
 
 from ppo_dist.models.packing import ATTENTION, Packing
-from ppo_dist.models.policy import hidden, without_dropout
+from ppo_dist.models.policy import hidden, value_head, without_dropout
 
 
 class CriticModel(nn.Module):
@@ -16,9 +16,7 @@ class CriticModel(nn.Module):
     def __init__(self, trunk: PreTrainedModel) -> None:
         super().__init__()
         self.trunk = trunk
-        self.head = nn.Linear(trunk.config.hidden_size, 1, bias=False, dtype=trunk.dtype)
-        # a new critic says 0 everywhere, so that its first advantages are the rewards themselves
-        nn.init.zeros_(self.head.weight)
+        self.head = value_head(trunk)
 
     def forward(
         self,

@@ -22,12 +22,14 @@ AFTER_THE_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 class PolicyOutput(NamedTuple):
     """What the policy says of each response position: the log-probability of its token, the entropy
-    of the distribution that it came from, and 1 where the token was the likeliest, else 0.
+    of the distribution that it came from, 1 where the token was the likeliest, else 0, and the
+    value of the state before it (0 without a value head).
     """
 
     logprobs_K: torch.Tensor
     entropy_K: torch.Tensor
     is_argmax_K: torch.Tensor
+    values_K: torch.Tensor
 
 
 def load_policy(path: str, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -65,13 +67,16 @@ def stop_tokens(path: str, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]
 class PolicyModel(nn.Module):
     """A language model that reads packed rows and speaks of response positions alone."""
 
-    def __init__(self, lm: PreTrainedModel, logits_chunk: int) -> None:
+    def __init__(
+        self, lm: PreTrainedModel, logits_chunk: int, has_value_head: bool = False
+    ) -> None:
         super().__init__()
         for name in AFTER_THE_HEAD:
             if getattr(lm.config, name, None) not in (None, 1.0):
                 raise ValueError(f"models with {name} are not supported")
         self.lm = lm
         self.head = Head(lm.get_output_embeddings(), logits_chunk)
+        self.value_head = value_head(lm) if has_value_head else None
 
     def forward(
         self,
@@ -87,7 +92,18 @@ class PolicyModel(nn.Module):
         hidden_KH = hidden(
             self.lm.base_model, tokens_S, positions_S, Packing(table_BL, home_S), states_K
         )
-        return PolicyOutput(*self.head(hidden_KH, targets_K, temperature_K))
+        logprobs_K, entropy_K, is_argmax_K = self.head(hidden_KH, targets_K, temperature_K)
+        values_K = torch.zeros_like(logprobs_K)
+        if self.value_head is not None:
+            values_K = self.value_head(hidden_KH)[:, 0].float()
+        return PolicyOutput(logprobs_K, entropy_K, is_argmax_K, values_K)
+
+
+def value_head(lm: PreTrainedModel) -> nn.Linear:
+    """A new head: 0 everywhere, so that the first advantages are the rewards themselves."""
+    head = nn.Linear(lm.config.hidden_size, 1, bias=False, dtype=lm.dtype)
+    nn.init.zeros_(head.weight)
+    return head
 
 
 def hidden(

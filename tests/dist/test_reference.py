@@ -25,10 +25,10 @@ from ppo_dist.learner.worker import Seat
 from ppo_dist.transport.store import StoreSender
 from ppo_dist.types import Coefficients, LabelledExample, Prompt, Rollout, Score, Scored
 from tests.conftest import raw_config
-from tests.reference_ppo import ReferenceTrainer, Sequence64, Settings
+from tests.reference_ppo import LORA, SEED, ReferenceTrainer, Sequence64, Settings
 
 R = TypeVar("R")
-STEPS, SEED = 3, 3
+STEPS = 3
 AGREEMENT, MOVED = 1e-4, 1e-3
 
 
@@ -72,6 +72,16 @@ MIXES = {
     "mixed": {
         "mu": 0.5, "policy_coef": 1.0, "kl_coef": 0.0, "kl_loss_coef": 0.3, "entropy_coef": 0.1
     },
+}
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "lora": {
+        "model": {"lora": LORA.model_dump()},
+        "reference": {"reset": "never"},
+    },
+    "shared": {"critic": {"shared": True}},
 }
 
 
@@ -127,7 +137,7 @@ def settings(mix: str) -> Settings:
     return Settings(lr=0.02, critic_lr=0.3, **{**base, **MIXES[mix]})
 
 
-def algorithm(folder: Path, case: Case) -> Config:
+def algorithm(folder: Path, case: Case, variant: str = "plain") -> Config:
     wanted = settings(case.mix)
     return Config.model_validate(
         raw_config(
@@ -150,6 +160,7 @@ def algorithm(folder: Path, case: Case) -> Config:
                 else wanted.kl_coef,
             },
             cluster={"kind": "ray"},
+            **VARIANTS[variant],
         )
     )
 
@@ -159,9 +170,9 @@ def updates_of(config: Config, sequences: Any, labelled: Any, step: int) -> Any:
 
 
 @cache
-def expected(folder: str, mix: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def expected(folder: str, mix: str, variant: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Parameters before and after, by the reference."""
-    trainer = ReferenceTrainer(folder, settings(mix))
+    trainer = ReferenceTrainer(folder, settings(mix), variant)
     before = trainer.parameters()
     config = algorithm(Path("unused"), PAIRWISE[0])
     for step, (scored, labelled) in enumerate(work()):
@@ -208,12 +219,13 @@ class Probe(LearnerActor):
     """A learner worker that can be started anew and shows its parameters."""
 
     def weights(self) -> dict[str, np.ndarray]:
-        engines = {"policy": self._policy, "critic": self._critic_engine}
-        return {
-            f"{name}.{n}": p.cpu().double().numpy().copy()
-            for name, engine in engines.items()
-            for n, p in engine.parameters(1000)
-        }
+        every = [(f"policy.{n}", p.clone()) for n, p in self._published()]
+        every += [
+            (n, p.clone()) for n, p in self._policy.parameters(1000) if n == "value_head.weight"
+        ]
+        if self._critic is not None:
+            every += [(f"critic.{n}", p.clone()) for n, p in self._critic.parameters(1000)]
+        return {name: p.cpu().double().numpy() for name, p in every}
 
 
 class Probes:
@@ -252,7 +264,9 @@ def probes(ray_session: None) -> Callable[[int], Probes]:
 
 def parameters_after(probes: Probes, config: Config, folder: str, mix: str) -> dict[str, Any]:
     probes.start(config, folder)
-    learners = Learners(probes, config.learner.micro_batch_tokens)
+    learners = Learners(
+        probes, config.learner.micro_batch_tokens, config.critic.shared
+    )
     wanted = settings(mix)
     coefficients = Coefficients(
         policy=wanted.policy_coef,
@@ -275,22 +289,44 @@ def parameters_after(probes: Probes, config: Config, folder: str, mix: str) -> d
 
 
 def check(
-    case: Case, probes: Callable[[int], Probes], models: dict[str, Path], run_folder: Path
+    case: Case,
+    probes: Callable[[int], Probes],
+    models: dict[str, Path],
+    run_folder: Path,
+    variant: str = "plain",
 ) -> None:
     folder = str(models[case.model])
-    found = parameters_after(
-        probes(case.world), algorithm(run_folder, case), folder, case.mix
-    )
-    before, after = expected(folder, case.mix)
+    config = algorithm(run_folder, case, variant)
+    found = parameters_after(probes(case.world), config, folder, case.mix)
+    before, after = expected(folder, case.mix, variant)
     assert found.keys() == after.keys()
     for name, values in found.items():
-        start = before[name]
+        start, found_here = before[name], torch.from_numpy(values)
         change = after[name] - start
         size = float(change.norm())
-        if case.mix == "supervised" or size:
-            difference = float((torch.from_numpy(values) - start - change).norm())
-            assert difference <= AGREEMENT * size, (name, difference / max(size, 1e-300))
+        if variant == "lora" and size == 0:
+            assert torch.equal(found_here, start), f"{name} is frozen"
+            continue
         assert size >= MOVED * float(start.norm()), f"{name} hardly moved: nothing is shown"
+        difference = float((found_here - start - change).norm())
+        assert difference <= AGREEMENT * size, (name, difference / size)
+
+
+@pytest.mark.parametrize(
+    ("variant", "stage", "world"),
+    [(v, stage, 1 + (stage + k) % 2) for k, v in enumerate(("lora", "shared")) for stage in range(4)],
+)
+def test_variants_agree_with_the_reference(
+    variant: str,
+    stage: int,
+    world: int,
+    probes: Callable[[int], Probes],
+    tiny_models: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    model = "gpt2" if stage % 2 else "llama"
+    case = Case(stage, world, 48, "none", stage == 1, "mixed", model)
+    check(case, probes, tiny_models, tmp_path, variant)
 
 
 @pytest.mark.parametrize("case", PAIRWISE, ids=lambda c: "-".join(map(str, c)))

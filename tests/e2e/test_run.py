@@ -163,3 +163,38 @@ def test_commands_beside_training(whole: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (
         whole / "policy" / "model.safetensors"
     ).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "sections"),
+    [
+        ("lora", {"model": {"lora": {"rank": 4}}, "reference": {"reset": "never"}}),
+        ("shared trunk", {"critic": {"shared": True}}),
+        ("no critic", {"algorithm": {"advantage": "group_mean", "kl": "loss"}}),
+    ],
+)
+def test_variants_resume_exactly_and_export(
+    tmp_path: Path, name: str, sections: dict[str, Any]
+) -> None:
+    def made(folder: str, steps: int) -> Config:
+        return config(tmp_path / folder, steps, **sections)
+
+    assert run(made("whole", 4)) == 0
+    assert run(made("parts", 3)) == 0
+    assert run(made("parts", 4), resume=True) == 0
+    rows = numbers(tmp_path / "whole")
+    assert numbers(tmp_path / "parts") == rows
+    assert rows[-1]["objective/kl"] not in (None, 0.0)
+    assert ("critic/loss" in rows[-1]) == (name != "no critic")
+    policy = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "whole" / "policy", dtype=torch.float32
+    )
+    initial = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "whole" / "model", dtype=torch.float32
+    )
+    theirs = dict(initial.named_parameters())
+    assert {n: p.shape for n, p in policy.named_parameters()} == {
+        n: p.shape for n, p in theirs.items()
+    }
+    moved = [n for n, p in policy.named_parameters() if not torch.equal(p, theirs[n])]
+    assert moved and (name != "lora" or all(".weight" in n and "ln_" not in n for n in moved))
