@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
+from transformers.utils import logging
 
 from ppo_dist.models.packing import ATTENTION, Packing
 from ppo_dist.models.policy import hidden, value_head, without_dropout
@@ -34,12 +35,17 @@ class CriticModel(nn.Module):
 
 def load_critic(path: str, dtype: torch.dtype, trust_remote_code: bool = False) -> CriticModel:
     """A critic whose trunk is that of the model at `path`, with a head of zeros."""
-    trunk = AutoModel.from_pretrained(
-        path,
-        dtype=dtype,
-        attn_implementation=ATTENTION,
-        use_safetensors=True,
-        trust_remote_code=trust_remote_code,
-    )
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # a trunk has no output head: that needs no warning
+    try:
+        trunk = AutoModel.from_pretrained(
+            path,
+            dtype=dtype,
+            attn_implementation=ATTENTION,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+        )
+    finally:
+        logging.set_verbosity(verbosity)
     without_dropout(trunk)
     return CriticModel(trunk)
