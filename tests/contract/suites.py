@@ -14,20 +14,25 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
 from ppo_dist.config.base import ORIGINS
+from ppo_dist.data.batching import count_tokens
 from ppo_dist.protocols import (
+    AdvantageEstimator,
+    LearnerGroup,
     MixSchedule,
     NamedTensors,
     RewardSource,
     RolloutEngine,
+    RolloutPool,
     Tracker,
     WeightReceiver,
     WeightSender,
 )
-from ppo_dist.types import Chunk, Rollout
+from ppo_dist.types import Chunk, Coefficients, Rollout, Scored, TrainSequence, Weights
 
 
 def check_rollout_engine(
@@ -97,7 +102,79 @@ def check_tracker(tracker: Tracker) -> None:
     tracker.table(1, [])
     tracker.table(1, [{"prompt": "a>", "response": "b", "reward": 1.0}])
     tracker.table(2, [{"prompt": "c>", "response": "d", "reward": 0.0}])
+    tracker.alert(2, "a title", "what to do")
     tracker.close()
+
+
+def check_advantage_estimator(estimator: AdvantageEstimator) -> None:
+    """Zeros under the mask, whatever stands there; rows follow from their own group alone."""
+    generator = torch.Generator().manual_seed(0)
+    rewards_BR, values_BR = torch.randn(2, 6, 5, generator=generator, dtype=torch.float64)
+    mask_BR = torch.rand(6, 5, generator=generator) < 0.7
+    mask_BR[0] = False
+    mask_BR[1:, 2] = True
+    value_end_B = torch.randn(6, generator=generator, dtype=torch.float64)
+    group_B = torch.tensor([0, 0, 1, 1, 1, 2])
+    inputs = (rewards_BR, values_BR, mask_BR, value_end_B, group_B)
+    kept = [tensor.clone() for tensor in inputs]
+    results = estimator(*inputs)
+    assert all(map(torch.equal, inputs, kept)), "inputs stay as they are"
+    junk = torch.where(mask_BR, 0.0, math.nan)
+    order = torch.tensor([5, 3, 1, 0, 4, 2])
+    shuffled = estimator(*(tensor[order] for tensor in inputs))
+    with_junk = estimator(rewards_BR + junk, values_BR + junk, *inputs[2:])
+    alone = estimator(*(tensor[2:5] for tensor in inputs))
+    nothing = estimator(*(tensor[:0] for tensor in inputs))
+    for n, result in enumerate(results):
+        assert result.shape == (6, 5) and torch.isfinite(result).all()
+        assert not result[~mask_BR].any()
+        torch.testing.assert_close(with_junk[n], result)
+        torch.testing.assert_close(shuffled[n], result[order])
+        torch.testing.assert_close(alone[n], result[2:5])
+        assert nothing[n].shape == (0, 5)
+
+
+def check_rollout_pool(pool: RolloutPool, weights: Weights, chunks: Sequence[Chunk]) -> None:
+    """`chunks` ask for the version of `weights`; there are at least two."""
+    pool.load(weights)
+    pool.submit(chunks[:1])
+    pool.submit(chunks[1:])
+    rollouts = pool.collect()
+    wanted = [(r.prompt.uid, i) for chunk in chunks for r in chunk.requests for i in r.indices]
+    assert [(r.prompt.uid, r.index) for r in rollouts] == wanted, "in the order of submission"
+    assert {r.version for r in rollouts} == {weights.version}
+    assert pool.collect() == [], "what was collected is gone"
+    pool.submit(chunks)
+    again = pool.collect()
+    assert [r.tokens_R.tolist() for r in again] == [r.tokens_R.tolist() for r in rollouts]
+
+
+def check_learner_group(
+    learners: LearnerGroup,
+    scored: Sequence[Scored],
+    updates: Sequence[Sequence[TrainSequence]],
+    folder: Path,
+) -> None:
+    """Annotates in order and changes nothing by it; one report an update; saves what it is told."""
+    first, second = learners.annotate(scored), learners.annotate(list(reversed(scored)))
+    for one, two, source in zip(first, reversed(second), scored, strict=True):
+        count = len(source.rollout.tokens_R)
+        for name in ("logprobs_R", "reference_R", "values_R"):
+            values = vars(one)[name]
+            assert values.shape == (count,) and all(map(math.isfinite, values.tolist()))
+            assert abs(values - vars(two)[name]).max() < 1e-4, "the same in any order"
+    coefficients = Coefficients(
+        policy=1.0, value=0.5, mu=0.5, kl=0.0, entropy=0.0, lr=1e-3, critic_lr=1e-3
+    )
+    report = learners.update(updates, coefficients)
+    assert len(report.updates) == len(updates)
+    for made, sequences in zip(report.updates, updates, strict=True):
+        assert made.counts == count_tokens(sequences) and not made.skipped
+    assert learners.update([], coefficients).updates == ()
+    assert learners.publish(7).version == 7
+    (folder / "checkpoint").mkdir(parents=True)
+    learners.save(checkpoint=folder / "checkpoint", policy=folder / "policy")
+    assert any((folder / "checkpoint").iterdir()) and (folder / "policy").is_dir()
 
 
 def weights() -> dict[str, torch.Tensor]:

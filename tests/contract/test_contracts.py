@@ -13,6 +13,8 @@ from transformers import AutoTokenizer
 
 from ppo_dist import build
 from ppo_dist.config import Config
+from ppo_dist.config.algorithm import Algorithm
+from ppo_dist.coordinator.experience import Experience, supervised
 from ppo_dist.data.chunks import chunks
 from ppo_dist.models.policy import load_policy
 from ppo_dist.protocols import Tracker
@@ -23,10 +25,19 @@ from ppo_dist.tracking.local import JsonLines
 from ppo_dist.tracking.wandb import Wandb
 from ppo_dist.transport.memory import MemoryReceiver, MemorySender
 from ppo_dist.transport.store import StoreReceiver, StoreSender
-from ppo_dist.types import Checker, Prompt, Rollout, Sampling
+from ppo_dist.types import (
+    Checker,
+    LabelledExample,
+    Prompt,
+    Rollout,
+    Sampling,
+    Score,
+    Scored,
+    Weights,
+)
 from tests.conftest import raw_config
 from tests.contract import suites
-from tests.fakes import FakeEngine, FakeReward, FakeTracker
+from tests.fakes import FakeEngine, FakeLearners, FakePool, FakeReward, FakeTracker
 
 PROMPTS = [Prompt(f"p:{i}", "verifiable", "", np.arange(3, 5 + i)) for i in range(4)]
 CHUNKS = chunks(PROMPTS, 3, 5, 2, version=5, sampling=Sampling(1.0, 8, 0, "train"))
@@ -124,3 +135,32 @@ def test_store_transport(ray_session: None) -> None:
     # one byte a bucket: every tensor travels alone
     suites.check_transport(StoreSender(bucket_bytes=1), [StoreReceiver(), StoreReceiver()])
     suites.check_transport(StoreSender(bucket_bytes=2**20), [StoreReceiver()])
+
+
+@pytest.mark.parametrize("kind", ["gae", "group_mean", "rloo", "reinforce_pp"])
+def test_advantage_estimators(kind: str) -> None:
+    algorithm = Algorithm.model_validate({"advantage": kind})
+    suites.check_advantage_estimator(build.advantage_estimator(algorithm.advantage))
+
+
+def test_pools(tmp_path: Path, tiny_model: Path) -> None:
+    config = Config.model_validate(raw_config(tmp_path, rollout={"max_new_tokens": 8}))
+    suites.check_rollout_pool(FakePool(), Weights(5, ()), CHUNKS)
+    weights = MemorySender().publish(
+        5, load_policy(str(tiny_model), torch.float32).named_parameters()
+    )
+    with build.rollout_pool(config, str(tiny_model)) as pool:
+        suites.check_rollout_pool(pool, weights, CHUNKS)
+
+
+@pytest.mark.parametrize("kind", ["fake", "in process"])
+def test_learner_groups(tmp_path: Path, tiny_model: Path, kind: str) -> None:
+    config = Config.model_validate(raw_config(tmp_path))
+    scored = [Scored(r, Score(1.0, "s")) for r in rollouts()]
+    with build.learners(config, str(tiny_model), None) as real:
+        learners = FakeLearners() if kind == "fake" else real
+        estimator = build.advantage_estimator(config.algorithm.advantage)
+        sequences = Experience(config.algorithm, estimator)(scored, learners.annotate(scored), True)
+        example = supervised(LabelledExample(PROMPTS[0], "x", np.array([5, 1])))
+        updates = [[*sequences, example], [example]]
+        suites.check_learner_group(learners, scored, updates, tmp_path / "saved")

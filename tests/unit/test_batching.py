@@ -239,3 +239,8 @@ def test_chunks_do_not_depend_on_the_order(
         (f"p{u}", i) for u in set(uids) for i in range(group * uids.count(u))
     )
     assert all(1 <= sum(len(indices) for _, indices in chunk) <= size for chunk in made)
+
+
+def test_only_equal_prompts_are_shared() -> None:
+    packed = pack_rows([(tokens(5, 6, 7, 1), 2), (tokens(5, 9, 7, 1), 2)], end=False)
+    assert packed.tokens_S.tolist() == [5, 6, 7, 5, 9, 7]
