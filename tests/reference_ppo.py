@@ -38,6 +38,7 @@ class Settings:
     lam: float = 0.95
     temperature: float = 1.0
     max_grad_norm: float = 0.0
+    critic_max_grad_norm: float = 0.0
 
 
 @dataclass(eq=False)
@@ -146,17 +147,17 @@ class ReferenceTrainer:
         for q in labelled:
             nll = -self._logprobs(self.policy, q, 1.0).sum()
             (s.mu * nll / n_ce).backward()
+        policy, trunk = list(self.policy.parameters()), list(self.trunk.parameters())
         if self.variant == "shared":
-            self._descend(list(self.policy.parameters()), s.lr)
-            self._descend([self.head], s.critic_lr)
+            self._descend(policy, s.lr, 0.0)
+            self._descend([self.head], s.critic_lr, 0.0)
         else:
-            self._descend(list(self.policy.parameters()), s.lr)
-            self._descend([*self.trunk.parameters(), self.head], s.critic_lr)
+            self._descend(policy, s.lr, s.max_grad_norm)
+            self._descend([*trunk, self.head], s.critic_lr, s.critic_max_grad_norm)
 
-    def _descend(self, parameters: list[torch.Tensor], lr: float) -> None:
+    def _descend(self, parameters: list[torch.Tensor], lr: float, limit: float) -> None:
         live = [p for p in parameters if p.grad is not None]
         norm = sum(float((p.grad**2).sum()) for p in live) ** 0.5
-        limit = self.settings.max_grad_norm
         scale = limit / (norm + 1e-6) if limit and norm > limit else 1.0
         with torch.no_grad():
             for p in live:

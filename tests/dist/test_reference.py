@@ -68,7 +68,14 @@ PAIRWISE = [
 ]
 MIXES = {
     "ppo": {"mu": 0.0, "policy_coef": 1.0},
-    "supervised": {"mu": 1.0, "policy_coef": 0.0},
+    "supervised": {
+        "mu": 1.0,
+        "policy_coef": 0.0,
+        "lr": 0.2,
+        "max_grad_norm": 0.7,
+        "critic_lr": 0.5,
+        "critic_max_grad_norm": 0.5,
+    },
     "mixed": {
         "mu": 0.5, "policy_coef": 1.0, "kl_coef": 0.0, "kl_loss_coef": 0.3, "entropy_coef": 0.1
     },
@@ -133,8 +140,8 @@ def work() -> list[tuple[list[Scored], list[LabelledExample]]]:
 
 
 def settings(mix: str) -> Settings:
-    base = {"kl_coef": 0.05, "value_coef": 0.5, "temperature": 0.8}
-    return Settings(lr=0.02, critic_lr=0.3, **{**base, **MIXES[mix]})
+    base = {"lr": 0.02, "critic_lr": 0.3, "kl_coef": 0.05, "temperature": 0.8}
+    return Settings(**{**base, **MIXES[mix]})
 
 
 def algorithm(folder: Path, case: Case, variant: str = "plain") -> Config:
@@ -150,6 +157,8 @@ def algorithm(folder: Path, case: Case, variant: str = "plain") -> Config:
                 "offload": case.offload,
                 "gradient_checkpointing": case.checkpointing,
                 "logits_chunk": 7,
+                "max_grad_norm": wanted.max_grad_norm,
+                "critic_max_grad_norm": wanted.critic_max_grad_norm,
             },
             rollout={"temperature": 0.8},
             algorithm={

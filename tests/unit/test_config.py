@@ -97,6 +97,23 @@ def test_defaults_of_a_minimal_config(read) -> None:
         ({"model": {"path": None}}, "model: give exactly one of model.path and model.scratch"),
         ({"model": {"scratch": {}}}, "model: give exactly one of"),
         ({"mix": {"policy_coef": "half"}}, "mix.policy_coef: "),
+        ({"rollout": {"top_p": 0.9}}, "rollout: top_p is not for training"),
+        ({"rollout": {"top_k": 5}}, "eval.top_p and eval.top_k are for evaluation"),
+        ({"algorithm": {"clip": {"low": 1.5}}}, "algorithm.clip.low"),
+        ({"algorithm": {"clip": {"dual": 0.5}}}, "algorithm.clip.dual"),
+        (
+            {"algorithm": {"advantage": "rloo", "truncated": "bootstrap"}},
+            "algorithm: truncated: bootstrap needs a critic",
+        ),
+        ({"algorithm": {"kl": {"kind": "los"}}}, "algorithm.kl"),
+        ({"algorithm": {"kl": {"controller": "adaptive"}}}, "algorithm.kl"),
+        ({"algorithm": {"advantage": "rloo"}}, "rollout.group_size must be 2 or more"),
+        ({"model": {"lora": {}}}, "set reference.reset to never"),
+        ({"critic": {"shared": True, "path": "x"}}, "critic.path must be null"),
+        (
+            {"algorithm": {"advantage": "reinforce_pp"}, "critic": {"warmup": 2}},
+            "critic.* has no effect without a critic",
+        ),
         (
             {"model": {"path": None, "scratch": {"hidden": 10, "heads": 3}}},
             "model.scratch: hidden (10) must be a multiple of heads (3)",

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ppo_dist.data.chunks import chunks
 from ppo_dist.models.policy import load_policy
-from ppo_dist.rollout.hf import HfEngine
+from ppo_dist.rollout.hf import HfEngine, _draw
 from ppo_dist.types import Prompt, Rollout, Sampling
 
 EOS = 1
@@ -127,3 +127,24 @@ def test_refuses_another_version_and_wrong_weights(tiny_model: Path) -> None:
         worker.load(3, [(name, torch.zeros(3))])
     worker.load(3, good.items())
     assert worker.generate(chunk)[0].version == 3
+
+
+@pytest.mark.parametrize(
+    ("top_p", "top_k", "kept"),
+    [
+        (1.0, 0, 4),
+        (1.0, 2, 2),
+        (0.49, 0, 1),
+        (0.51, 0, 2),
+        (0.85, 0, 3),
+        (0.85, 2, 2),
+        (1e-9, 0, 1),
+    ],
+)
+def test_evaluation_may_cut_the_tail(top_p: float, top_k: int, kept: int) -> None:
+    """Of tokens with 0.5, 0.3, 0.15 and 0.05, in another order, at 1,000 points."""
+    logits = torch.tensor([0.15, 0.5, 0.05, 0.3]).log().repeat(1000, 1)
+    sampling = Sampling(1.0, 1, 0, "eval", top_p, top_k)
+    tokens, logprobs = _draw(logits, torch.linspace(0, 0.9999, 1000), sampling)
+    assert set(tokens.tolist()) == set([1, 3, 0, 2][:kept])
+    assert torch.allclose(logprobs, logits[0][tokens], atol=1e-6)

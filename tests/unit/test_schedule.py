@@ -31,6 +31,13 @@ def test_linear(step: int, value: float) -> None:
     assert value_at(Linear(kind="linear", start=1, end=5, steps=4), step) == value
 
 
+def test_a_warm_up_comes_before_constant_and_linear() -> None:
+    constant = Constant(value=2.0, warmup=4)
+    assert [value_at(constant, s) for s in (0, 1, 3, 4, 99)] == [0.5, 1.0, 2.0, 2.0, 2.0]
+    linear = Linear(kind="linear", start=4, end=0, warmup=2, steps=4)
+    assert [value_at(linear, s) for s in (0, 1, 2, 3, 6, 7)] == [2.0, 4.0, 4.0, 3.0, 0.0, 0.0]
+
+
 def test_linear_may_fall() -> None:
     falling = Linear(kind="linear", start=1, end=0, steps=4)
     assert [value_at(falling, step) for step in (0, 1, 4, 5)] == [1.0, 0.75, 0.0, 0.0]
