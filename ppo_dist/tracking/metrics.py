@@ -49,7 +49,16 @@ def keys(config: Config) -> list[str]:
     names = [f"reward/{origin}/mean" for origin in ORIGINS if dict(config.data)[origin]]
     names += ["reward/faults", "objective/kl", "objective/kl_coef", "objective/advantage_std"]
     names += [
-        f"policy/{k}" for k in ("loss", "approx_kl", "clip_fraction", "entropy", "grad_norm", "lr")
+        f"policy/{k}"
+        for k in (
+            "loss",
+            "approx_kl",
+            "approx_kl_k1",
+            "clip_fraction",
+            "entropy",
+            "grad_norm",
+            "lr",
+        )
     ]
     if isinstance(config.algorithm.kl, KlInLoss):
         names.append("policy/kl_loss")
@@ -146,6 +155,7 @@ def _updates(report: StepReport, coefficients: Coefficients) -> Row:
         "policy/kl_loss": _share(total.kl_loss, policy),
         "policy/loss": _share(total.policy_loss, policy),
         "policy/approx_kl": _share(total.kl, policy),
+        "policy/approx_kl_k1": _share(total.kl_k1, policy),
         "policy/clip_fraction": _share(total.clipped, policy),
         "policy/entropy": _share(total.entropy, policy),
         "policy/grad_norm": _mean([u.grad_norm for u in made if u.grad_norm is not None]),

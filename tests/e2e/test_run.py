@@ -198,3 +198,22 @@ def test_variants_resume_exactly_and_export(
     }
     moved = [n for n, p in policy.named_parameters() if not torch.equal(p, theirs[n])]
     assert moved and (name != "lora" or all(".weight" in n and "ln_" not in n for n in moved))
+
+
+def test_before_any_update_of_its_step_the_policy_is_the_old_one(tmp_path: Path) -> None:
+    """One update a step: its ratio is 1, nothing is clipped, and the behaviour's log-probabilities
+    are the learner's.
+    """
+    algorithm = {"epochs": 1, "minibatches": 1}
+    assert run(config(tmp_path, 4, algorithm=algorithm, mix={"schedule": 0.5})) == 0
+    for row in numbers(tmp_path)[1:]:
+        assert row["policy/clip_fraction"] == 0.0
+        assert abs(row["policy/approx_kl"]) < 1e-6 and abs(row["policy/approx_kl_k1"]) < 1e-5
+        assert row["rollout/logprob_gap"] < 1e-5
+
+
+def test_without_weight_the_supervised_loss_is_plain_ppo(tmp_path: Path) -> None:
+    for name, batch in (("zero", 4), ("none", 0)):
+        mix = {"schedule": 0.0, "labelled_batch": batch}
+        assert run(config(tmp_path / name, 2, mix=mix)) == 0
+    assert numbers(tmp_path / "zero") == numbers(tmp_path / "none")

@@ -14,8 +14,14 @@ from hypothesis import strategies as st
 from ppo_dist.algo.advantages import Gae, GroupMean, ReinforcePlusPlus, Rloo
 from ppo_dist.algo.kl import ESTIMATORS, MAX_LOG_RATIO, KlController, k1, k2, k3
 from ppo_dist.algo.losses import policy_term, value_term
+from ppo_dist.algo.preferences import (
+    last_token_scores,
+    preference_accuracy,
+    preference_loss,
+)
 from ppo_dist.algo.rewards import RunningScale, penalised_rewards
 from ppo_dist.algo.tensors import pad, whiten
+from ppo_dist.algo.votes import vote, votes_of_the_others
 from ppo_dist.config.algorithm import AdaptiveKl, Clip, FixedKl
 
 
@@ -180,6 +186,7 @@ def test_clipping(
     assert term.loss.item() == pytest.approx(loss)
     assert term.clipped.item() == clipped
     assert term.kl.item() == pytest.approx(ratio - 1 - math.log(ratio))
+    assert term.kl_k1.item() == pytest.approx(-math.log(ratio))
     assert new.grad is not None
     assert new.grad.item() == pytest.approx(slope, abs=1e-12)
 
@@ -393,3 +400,50 @@ def test_the_running_scale_of_nothing_is_one() -> None:
     assert scale.deviation == 1.0
     scale.observe(table([2.0, 2.0])[0])
     assert scale.deviation == 1.0
+
+
+# ── votes and preferences ─────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("answers", "label", "share", "margin"),
+    [
+        (["7", "7", "8"], "7", 2 / 3, 1 / 3),
+        (["7", "8"], None, 1 / 2, 0.0),  # a tie abstains
+        ([None, None, None, "7"], "7", 1 / 4, 1 / 4),  # what could not be read never wins
+        ([None, None], None, 0.0, 0.0),
+        (["7"] * 3, "7", 1.0, 1.0),
+        ([], None, 0.0, 0.0),
+    ],
+)
+def test_votes(answers: list[str | None], label: str | None, share: float, margin: float) -> None:
+    got = vote(answers)
+    assert got.label == label
+    assert (got.share, got.margin) == (pytest.approx(share), pytest.approx(margin))
+    assert vote(answers[::-1]).label == label
+
+
+def test_the_entropy_of_a_vote() -> None:
+    assert vote(["a", "b", None]).entropy == pytest.approx(math.log(2))
+    assert vote(["a", "a"]).entropy == 0.0
+
+
+def test_nobody_confirms_himself() -> None:
+    got = [v.label for v in votes_of_the_others(["7", "7", "8", "8", None])]
+    assert got == ["8", "8", "7", "7", None]
+
+
+def test_preferences_by_hand() -> None:
+    chosen, rejected = table([2.0, 0.0, -1.0])[0], table([0.0, 0.0, 1.0])[0]
+    expected = [math.log(1 + math.exp(-d)) for d in (2.0, 0.0, -2.0)]
+    assert preference_loss(chosen, rejected).tolist() == pytest.approx(expected)
+    shifted = preference_loss(chosen, rejected, 0.5).tolist()
+    assert shifted == pytest.approx([math.log(1 + math.exp(0.5 - d)) for d in (2.0, 0.0, -2.0)])
+    assert preference_accuracy(chosen, rejected).tolist() == [1.0, 0.5, 0.0]
+
+
+def test_a_score_is_read_at_the_last_token_wherever_the_padding_is() -> None:
+    scores = table([1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [7.0, 8.0, 9.0])
+    assert last_token_scores(scores, live("xx.", ".xx", "x..")).tolist() == [2.0, 6.0, 7.0]
+    with pytest.raises(ValueError, match="without tokens"):
+        last_token_scores(scores, live("xx.", "...", "x.."))
