@@ -122,6 +122,8 @@ def impossible(config: Config) -> list[str]:
         )
     if c.critic.shared and c.critic.path is not None:
         problems.append("critic.shared has no model of its own: critic.path must be null")
+    if c.critic.shared and c.critic.warmup:
+        problems.append("critic.warmup would move a shared trunk, and so the policy: set it to 0")
     if not c.algorithm.has_critic and c.critic != Critic():
         problems.append("critic.* has no effect without a critic (algorithm.advantage gae)")
     if c.data.held_out and c.reward.labelled is None:

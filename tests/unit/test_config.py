@@ -109,6 +109,7 @@ def test_defaults_of_a_minimal_config(read) -> None:
         ({"algorithm": {"kl": {"controller": "adaptive"}}}, "algorithm.kl"),
         ({"algorithm": {"advantage": "rloo"}}, "rollout.group_size must be 2 or more"),
         ({"model": {"lora": {}}}, "set reference.reset to never"),
+        ({"critic": {"shared": True, "warmup": 3}}, "critic.warmup would move a shared trunk"),
         ({"critic": {"shared": True, "path": "x"}}, "critic.path must be null"),
         (
             {"algorithm": {"advantage": "reinforce_pp"}, "critic": {"warmup": 2}},
