@@ -10,15 +10,14 @@ from typing import Any, Protocol
 
 import torch
 
+from ppo_dist.reports import Coefficients, StepReport
 from ppo_dist.types import (
     Annotation,
     Chunk,
-    Coefficients,
     MixPlan,
     Rollout,
     Score,
     Scored,
-    StepReport,
     TrainSequence,
     Weights,
 )

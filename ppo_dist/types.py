@@ -12,7 +12,6 @@ Names of arrays end in their dimensions:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -242,35 +241,6 @@ class MicroBatch:
 
 
 @dataclass(frozen=True)
-class TokenCounts:
-    """Tokens with a non-zero weight, per loss term, over all ranks and micro-batches of one update.
-
-    Example: TokenCounts(policy=310, value=310, ce=96)
-    """
-
-    policy: int
-    value: int
-    ce: int
-
-
-@dataclass(frozen=True)
-class Coefficients:
-    """Weights of the loss terms and learning rates of one step.
-
-    Example: Coefficients(policy=1.0, value=0.5, mu=0.1, kl=0.0, entropy=0.0, lr=1e-5,
-    critic_lr=1e-5)
-    """
-
-    policy: float
-    value: float
-    mu: float
-    kl: float
-    entropy: float
-    lr: float
-    critic_lr: float
-
-
-@dataclass(frozen=True)
 class MixPlan:
     """What one step is made of: prompts by origin, supervised examples an update, weights of the
     loss terms.
@@ -288,64 +258,6 @@ class MixPlan:
     def total_prompts(self) -> int:
         """Prompts of all origins."""
         return sum(self.prompts.values())
-
-
-@dataclass(frozen=True)
-class TermSums:
-    """Sums over the live tokens of one update on one rank, to be added over ranks before any
-    division.
-
-    Example: TermSums(policy_loss=-3.1, clipped=4, kl=.02, kl_k1=.01, kl_loss=0., entropy=71.,
-    value_clipped=1, ce_loss=55., ce_correct=80)
-    """
-
-    policy_loss: float = 0.0
-    clipped: float = 0.0
-    kl: float = 0.0
-    kl_k1: float = 0.0
-    kl_loss: float = 0.0
-    entropy: float = 0.0
-    value_loss: float = 0.0
-    value_clipped: float = 0.0
-    ce_loss: float = 0.0
-    ce_correct: float = 0.0
-
-    def __add__(self, other: TermSums) -> TermSums:
-        return TermSums(
-            *(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True))
-        )
-
-
-@dataclass(frozen=True)
-class UpdateReport:
-    """One optimizer step as a rank saw it; the gradient norms are global and before clipping.
-
-    A norm that is not finite means that this model's step was skipped.
-
-    Example: UpdateReport(counts=TokenCounts(310, 310, 96), sums=TermSums(…), grad_norm=.8,
-    critic_grad_norm=2.1)
-    """
-
-    counts: TokenCounts
-    sums: TermSums
-    grad_norm: float | None
-    critic_grad_norm: float | None
-
-    @property
-    def skipped(self) -> bool:
-        """Whether a model was left as it is, since its gradient was not finite."""
-        norms = (self.grad_norm or 0.0, self.critic_grad_norm or 0.0)
-        return not all(map(math.isfinite, norms))
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """The updates of one step, sums already added over ranks.
-
-    Example: StepReport(updates=(UpdateReport(…), UpdateReport(…)))
-    """
-
-    updates: tuple[UpdateReport, ...]
 
 
 @dataclass(frozen=True)

@@ -9,20 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ppo_dist.types import (
-    Annotation,
-    Chunk,
-    Coefficients,
-    Rollout,
-    Score,
-    Scored,
-    StepReport,
-    TermSums,
-    TokenCounts,
-    TrainSequence,
-    UpdateReport,
-    Weights,
-)
+from ppo_dist.reports import Coefficients, StepReport, TermSums, TokenCounts, UpdateReport
+from ppo_dist.types import Annotation, Chunk, Rollout, Score, Scored, TrainSequence, Weights
 
 
 class FakeEngine:

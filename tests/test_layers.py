@@ -8,12 +8,13 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent / "ppo_dist"
-BASE = {"config", "types", "protocols", "device", "files"}
+BASE = {"config", "types", "reports", "protocols", "device", "files"}
 LEAF = {*BASE, "models"}
 ALLOWED = {
     "config": {"config"},
     "types": {"config"},
-    "protocols": {"config", "types"},
+    "reports": set(),
+    "protocols": {"config", "types", "reports"},
     "device": {"config", "types"},
     "files": {"config"},
     "algo": {"algo", "types", "config"},
@@ -29,8 +30,8 @@ ALLOWED = {
     },
     "cluster": {"cluster", "rollout", "learner", "rewards", *BASE},
     "coordinator": {
-        "coordinator", "algo", "semi", "data", "tracking.metrics", "config", "types", "protocols",
-        "files",
+        "coordinator", "algo", "semi", "data", "tracking.metrics", "config", "types", "reports",
+        "protocols", "files",
     },
 }  # fmt: skip
 HEAVY = {

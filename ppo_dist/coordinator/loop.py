@@ -28,9 +28,10 @@ from ppo_dist.protocols import (
     RolloutPool,
     Tracker,
 )
+from ppo_dist.reports import Coefficients
 from ppo_dist.semi.schedule import value_at
 from ppo_dist.tracking.metrics import Row, Stopwatch, keys, step_row, timings
-from ppo_dist.types import Coefficients, MixPlan, Rollout, Sampling, Scored
+from ppo_dist.types import MixPlan, Rollout, Sampling, Scored
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ import numpy as np
 
 from ppo_dist.config import Config, InputError
 from ppo_dist.protocols import Tracker
+from ppo_dist.reports import Coefficients, StepReport
 from ppo_dist.tracking.metrics import Row
-from ppo_dist.types import Coefficients, StepReport, TrainSequence
+from ppo_dist.types import TrainSequence
 
 SKIPPED = "skipped"
 

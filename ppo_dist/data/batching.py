@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ppo_dist.types import Floats, Ints, MicroBatch, PackedRow, TokenCounts, TrainSequence
+from ppo_dist.reports import TokenCounts
+from ppo_dist.types import Floats, Ints, MicroBatch, PackedRow, TrainSequence
 
 
 def cut(lengths: Sequence[int], ranks: int, budget: int) -> list[list[list[int]]]:

@@ -13,18 +13,8 @@ import numpy as np
 
 from ppo_dist.data.batching import count_tokens, pack, shares
 from ppo_dist.learner.worker import LearnerWorker, UpdateShard
-from ppo_dist.types import (
-    Annotation,
-    Coefficients,
-    Ints,
-    MicroBatch,
-    Scored,
-    StepReport,
-    TermSums,
-    TrainSequence,
-    UpdateReport,
-    Weights,
-)
+from ppo_dist.reports import Coefficients, StepReport, TermSums, UpdateReport
+from ppo_dist.types import Annotation, Ints, MicroBatch, Scored, TrainSequence, Weights
 
 R = TypeVar("R")
 

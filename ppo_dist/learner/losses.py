@@ -12,7 +12,8 @@ from ppo_dist.algo.kl import ESTIMATORS
 from ppo_dist.algo.losses import policy_term, value_term
 from ppo_dist.config.algorithm import Algorithm
 from ppo_dist.models.policy import PolicyOutput
-from ppo_dist.types import Coefficients, MicroBatch, TermSums, TokenCounts
+from ppo_dist.reports import Coefficients, TermSums, TokenCounts
+from ppo_dist.types import MicroBatch
 
 
 @dataclass(frozen=True)

@@ -22,16 +22,8 @@ from ppo_dist.models.critic import load_critic
 from ppo_dist.models.lora import adapters_off, add_adapters, merged
 from ppo_dist.models.policy import PolicyModel, PolicyOutput, load_policy
 from ppo_dist.protocols import WeightSender
-from ppo_dist.types import (
-    Annotation,
-    Coefficients,
-    Ints,
-    MicroBatch,
-    TermSums,
-    TokenCounts,
-    UpdateReport,
-    Weights,
-)
+from ppo_dist.reports import Coefficients, TermSums, TokenCounts, UpdateReport
+from ppo_dist.types import Annotation, Ints, MicroBatch, Weights
 
 MEGABYTE = 2**20
 REINFORCED = "reinforced"  # in a checkpoint: the reference is fixed, and is not to be reset again

@@ -13,16 +13,8 @@ import numpy as np
 
 from ppo_dist.config import ORIGINS, Config
 from ppo_dist.config.algorithm import KlInLoss
-from ppo_dist.types import (
-    Annotation,
-    Coefficients,
-    MixPlan,
-    Rollout,
-    Scored,
-    StepReport,
-    TermSums,
-    TrainSequence,
-)
+from ppo_dist.reports import Coefficients, StepReport, TermSums
+from ppo_dist.types import Annotation, MixPlan, Rollout, Scored, TrainSequence
 
 Row = dict[str, float | None]
 STAGES = ("generate", "score", "annotate", "update", "publish", "evaluate", "save", "step")

@@ -32,7 +32,8 @@ from ppo_dist.protocols import (
     WeightReceiver,
     WeightSender,
 )
-from ppo_dist.types import Chunk, Coefficients, Rollout, Scored, TrainSequence, Weights
+from ppo_dist.reports import Coefficients
+from ppo_dist.types import Chunk, Rollout, Scored, TrainSequence, Weights
 
 
 def check_rollout_engine(

@@ -23,7 +23,8 @@ from ppo_dist.coordinator.experience import Experience, updates
 from ppo_dist.learner.group import Learners
 from ppo_dist.learner.worker import Seat
 from ppo_dist.transport.store import StoreSender
-from ppo_dist.types import Coefficients, LabelledExample, Prompt, Rollout, Score, Scored
+from ppo_dist.reports import Coefficients
+from ppo_dist.types import LabelledExample, Prompt, Rollout, Score, Scored
 from tests.conftest import raw_config
 from tests.reference_ppo import LORA, SEED, ReferenceTrainer, Sequence64, Settings
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from ppo_dist.data.batching import count_tokens, cut, pack, pack_rows, shares, units
 from ppo_dist.data.chunks import chunks
-from ppo_dist.types import Chunk, Prompt, Sampling, TokenCounts, TrainSequence
+from ppo_dist.reports import TokenCounts
+from ppo_dist.types import Chunk, Prompt, Sampling, TrainSequence
 
 lengths = st.lists(st.integers(0, 60), max_size=40)
 

@@ -20,7 +20,8 @@ from ppo_dist.learner.losses import Tensors, policy_loss, value_loss
 from ppo_dist.learner.worker import LearnerWorker, UpdateShard
 from ppo_dist.models.critic import CriticModel, load_critic
 from ppo_dist.models.policy import PolicyModel, load_policy
-from ppo_dist.types import Coefficients, TermSums, TrainSequence, UpdateReport
+from ppo_dist.reports import Coefficients, TermSums, UpdateReport
+from ppo_dist.types import TrainSequence
 
 COEFFICIENTS = Coefficients(
     policy=0.7, value=0.5, mu=0.3, kl=0.2, entropy=0.1, lr=0.1, critic_lr=0.1

@@ -11,22 +11,10 @@ import pytest
 from rich.console import Console
 
 from ppo_dist.config import Config
+from ppo_dist.reports import Coefficients, StepReport, TermSums, TokenCounts, UpdateReport
 from ppo_dist.tracking.console import Several, Terminal, describe
 from ppo_dist.tracking.metrics import STAGES, Stopwatch, evaluation_row, keys, step_row, timings
-from ppo_dist.types import (
-    Annotation,
-    Coefficients,
-    MixPlan,
-    Prompt,
-    Rollout,
-    Score,
-    Scored,
-    StepReport,
-    TermSums,
-    TokenCounts,
-    TrainSequence,
-    UpdateReport,
-)
+from ppo_dist.types import Annotation, MixPlan, Prompt, Rollout, Score, Scored, TrainSequence
 
 PLAN = MixPlan({"labelled": 1, "verifiable": 2, "unlabelled": 0}, 4, mu=0.3, policy_coef=0.7)
 COEFFICIENTS = Coefficients(
