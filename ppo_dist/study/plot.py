@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("runs", nargs="+", metavar="LABEL=RUN_FOLDER")
     parser.add_argument("--keys", nargs="+", default=KEYS, help="metrics, a panel each")
     arguments = parser.parse_args(argv)
-    pairs = [run.partition("=") for run in arguments.runs]
+    pairs = [run.rpartition("=") for run in arguments.runs]
     try:
         plot(arguments.out, [(name, Path(folder)) for name, _, folder in pairs], arguments.keys)
     except InputError as error:
