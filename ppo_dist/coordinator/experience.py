@@ -14,6 +14,7 @@ from ppo_dist.algo.rewards import RunningScale, penalised_rewards
 from ppo_dist.algo.tensors import pad, whiten
 from ppo_dist.config.algorithm import Algorithm, KlInReward, Penalise
 from ppo_dist.protocols import AdvantageEstimator
+from ppo_dist.tracking.metrics import Row
 from ppo_dist.types import Annotation, Floats, LabelledExample, Scored, TrainSequence
 
 
@@ -35,6 +36,7 @@ class Experience:
         self._algorithm, self._estimator = algorithm, estimator
         self._kl = KlController(algorithm.kl.coef, algorithm.kl.controller)
         self._scale = RunningScale()
+        self.metrics: Row = {}
 
     @property
     def kl_coef(self) -> float:
@@ -45,8 +47,9 @@ class Experience:
         self, scored: Sequence[Scored], annotations: Sequence[Annotation], teaches_policy: bool
     ) -> list[TrainSequence]:
         """Training sequences of a step's rollouts, advantages whitened over all of them at once.
-        Without `teaches_policy` only the critic learns.
+        Without `teaches_policy` only the critic learns. `metrics` then tells of this step.
         """
+        self.metrics = {"objective/kl_coef": self._kl.coef}
         if not scored:
             return []
         algorithm, shaped = self._algorithm, self._shaped(scored)
@@ -93,7 +96,11 @@ class Experience:
         if shaping.normalise:
             self._scale.observe(scores_B)
             scores_B = scores_B / self._scale.deviation
+            self.metrics["reward/scale"] = self._scale.deviation
         if shaping.clip is not None:
+            self.metrics["reward/clipped_rate"] = float(
+                (scores_B.abs() > shaping.clip).double().mean()
+            )
             scores_B = scores_B.clamp(-shaping.clip, shaping.clip)
         if isinstance(truncated, Penalise):
             scores_B = scores_B - truncated.by * cut_off_B

@@ -99,7 +99,7 @@ class Loop:
     def _step(self, watch: Stopwatch) -> Row:
         config, parts, step = self._config, self._parts, self.state.step
         plan = parts.schedule.plan(step)
-        coefficients, kl_coef = self._coefficients(plan), parts.experience.kl_coef
+        coefficients = self._coefficients(plan)
         rollouts = self._generate(plan, watch)
         with watch("score"):
             scored = [
@@ -119,7 +119,7 @@ class Loop:
         )
         self.watch.updates(step + 1, work, coefficients, report)
         self.watch.row(step + 1, row)
-        return row | {"objective/kl_coef": kl_coef}
+        return row | parts.experience.metrics
 
     def _coefficients(self, plan: MixPlan) -> Coefficients:
         learner, algorithm, step = self._config.learner, self._config.algorithm, self.state.step

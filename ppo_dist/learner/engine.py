@@ -2,7 +2,7 @@
 
 Four settings are what keeps gradients right here (each is held by a test):
   * `managed_gradient_accumulation: false`: any number of backward passes before a step. In the
-    default mode ZeRO 1 and 2 keep only the last one's gradients.
+    default mode ZeRO with CPU offload keeps only the last one's gradients.
   * `backward(loss, scale_wrt_gas=False)` of a loss already multiplied by the world size, since
     DeepSpeed averages over ranks.
   * `gradient_clipping` is always written: DeepSpeed clips at 1.0 unless told otherwise.

@@ -52,6 +52,10 @@ def keys(config: Config) -> list[str]:
             "lr",
         )
     ]
+    if config.algorithm.reward.normalise:
+        names.append("reward/scale")
+    if config.algorithm.reward.clip is not None:
+        names.append("reward/clipped_rate")
     if isinstance(config.algorithm.kl, KlInLoss):
         names.append("policy/kl_loss")
     if config.algorithm.has_critic:

@@ -164,3 +164,21 @@ def test_learner_groups(tmp_path: Path, tiny_model: Path, kind: str) -> None:
         example = supervised(LabelledExample(PROMPTS[0], "x", np.array([5, 1])))
         updates = [[*sequences, example], [example]]
         suites.check_learner_group(learners, scored, updates, tmp_path / "saved")
+
+
+def test_ray_pool_and_learners(
+    ray_session: None, tmp_path: Path, tiny_models: dict[str, Path]
+) -> None:
+    """Two workers of each."""
+    two = {"workers": 2}
+    raw = raw_config(tmp_path, cluster={"kind": "ray"}, learner=two, rollout=two)
+    config, folder = build.located(Config.model_validate(raw)), str(tiny_models["gpt2"])
+    scored = [Scored(r, Score(1.0, "s")) for r in rollouts()]
+    example = supervised(LabelledExample(PROMPTS[0], "x", np.array([5, 1])))
+    with (
+        build.cluster(config),
+        build.learners(config, folder, None) as learners,
+        build.rollout_pool(config, folder) as pool,
+    ):
+        suites.check_rollout_pool(pool, learners.publish(5), CHUNKS)
+        suites.check_learner_group(learners, scored, [[example], []], tmp_path / "saved")

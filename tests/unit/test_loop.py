@@ -158,7 +158,7 @@ ADAPTIVE = {"kl": {"coef": 0.5, "controller": {"kind": "adaptive", "target": 0.0
 
 
 def test_controller_and_scale_survive_a_checkpoint(tmp_path: Path) -> None:
-    algorithm = {**ADAPTIVE, "reward": {"normalise": True}}
+    algorithm = {**ADAPTIVE, "reward": {"normalise": True, "clip": 0.5}}
     whole = Rig(tmp_path / "whole", train={"steps": 4}, algorithm=algorithm, eval=EACH)
     whole.loop.run()
     first = Rig(tmp_path / "parts", train={"steps": 2}, algorithm=algorithm, eval=EACH)
@@ -168,6 +168,8 @@ def test_controller_and_scale_survive_a_checkpoint(tmp_path: Path) -> None:
     )
     second.loop.run()
     assert first.numbers() + second.numbers() == whole.numbers()
+    for key in ("reward/scale", "reward/clipped_rate"):
+        assert all(row[key] is not None for row in whole.numbers()[1:])
     coefficients = [row["objective/kl_coef"] for row in whole.numbers()[1:]]
     assert coefficients[0] == 0.5 and len(set(coefficients)) > 1
 
