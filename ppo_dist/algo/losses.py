@@ -53,7 +53,7 @@ def policy_term(
 def value_term(
     values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, clip: float | None
 ) -> ValueTerm:
-    """½·max((V − G)², (V_old + clip(V − V_old, ±ε) − G)²), or ½(V − G)² without ε.
+    """½·max((V − G)², (clip(V, V_old ± ε) − G)²), or ½(V − G)² without ε.
 
     Source: the clipped value loss of OpenAI baselines' ppo2, as described in Huang et al. 2022,
     "The 37 Implementation Details of Proximal Policy Optimization", detail 9.
@@ -61,5 +61,6 @@ def value_term(
     plain = (values - returns) ** 2
     if clip is None:
         return ValueTerm(0.5 * plain, torch.zeros_like(plain))
-    clipped = (old_values + (values - old_values).clamp(-clip, clip) - returns) ** 2
+    # exactly V within the bounds, where V_old + (V − V_old) would be V but for rounding
+    clipped = (values.clamp(old_values - clip, old_values + clip) - returns) ** 2
     return ValueTerm(0.5 * torch.maximum(plain, clipped), (clipped > plain).float())

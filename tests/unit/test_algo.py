@@ -447,3 +447,11 @@ def test_a_score_is_read_at_the_last_token_wherever_the_padding_is() -> None:
     assert last_token_scores(scores, live("xx.", ".xx", "x..")).tolist() == [2.0, 6.0, 7.0]
     with pytest.raises(ValueError, match="without tokens"):
         last_token_scores(scores, live("xx.", "...", "x.."))
+
+
+def test_nothing_within_the_bounds_counts_as_clipped() -> None:
+    """Not even by rounding: in fp32, V_old + (V − V_old) is often not V."""
+    generator = torch.Generator().manual_seed(0)
+    old, noise, returns = torch.randn(3, 10_000, generator=generator)
+    term = value_term(old + 0.1 * noise.clamp(-1, 1), old, returns, clip=0.2)
+    assert not term.clipped.any()
