@@ -138,6 +138,12 @@ def test_a_labelled_example_is_imitated_on_its_response_alone() -> None:
     assert made.policy_weight_R.tolist() == made.value_weight_R.tolist() == [0, 0, 0]
 
 
+def test_a_text_without_a_prompt_is_learned_whole() -> None:
+    """PPO-ptx: the first token stands as the prompt, all others are learned."""
+    made = supervised(LabelledExample(prompt("e", "labelled", (5,)), "r", np.array([6, 7, 8, 1])))
+    assert made.ce_weight_R.tolist() == [1, 1, 1, 1] and made.prompt_tokens == 1
+
+
 def scored(uid: str, index: int, reward: float, finish: str = "eos", length: int = 2) -> Scored:
     tokens_R = np.full(length, 9, np.int64)
     numbers = np.zeros(length, np.float32)
