@@ -18,13 +18,18 @@ from ppo_dist.config.algorithm import AnyAdvantage, Gae, GroupMean, ReinforcePlu
 from ppo_dist.config.reward import (
     AnyReward,
     ExactReward,
+    FunctionReward,
     GymReward,
+    MathReward,
     NumericReward,
     RegexReward,
+    VoteReward,
     WeightedReward,
 )
+from ppo_dist.config.semi import AllGate, AnyGate, ConfidenceGate, TrajectoryGate
+from ppo_dist.data.partition import parted, refuse_overlap, without_answer
 from ppo_dist.data.sources import Row, read
-from ppo_dist.protocols import AdvantageEstimator, LearnerGroup, RewardSource, RolloutPool
+from ppo_dist.protocols import AdvantageEstimator, Gate, LearnerGroup, RewardSource, RolloutPool
 
 if TYPE_CHECKING:
     from ppo_dist.device import DeviceKind
@@ -34,11 +39,14 @@ if TYPE_CHECKING:
 class Rows:
     """All data of a run as rows, already checked.
 
-    Example: Rows(prompts={"labelled": [...], "verifiable": [...]}, held_out=[...])
+    Example: Rows(prompts={"labelled": [...], "verifiable": [...]}, held_out=[...], test=[...],
+    probe=[])
     """
 
     prompts: Mapping[Origin, Sequence[Row]]
     held_out: Sequence[Row]
+    test: Sequence[Row]
+    probe: Sequence[Row]
 
 
 def check(config: Config) -> Rows:
@@ -56,8 +64,15 @@ def check(config: Config) -> Rows:
         origin: read(dict(config.data)[origin], origin, origin, _compares(rewards[origin]))
         for origin in ORIGINS
     }
-    held_out = read(config.data.held_out, "held_out", "labelled", _compares(config.reward.labelled))
-    return Rows(prompts, held_out)
+    compares = _compares(config.reward.labelled)
+    held_out = read(config.data.held_out, "held_out", "labelled", compares)
+    test = read(config.data.test, "test", "labelled", compares)
+    for name, rows in (("held_out", held_out), ("test", test)):
+        for origin in ORIGINS:
+            refuse_overlap(name, rows, origin, prompts[origin])
+    prompts["labelled"], probe = parted(prompts["labelled"], config.semi.probe, config.run.seed)
+    prompts["unlabelled"] = [*prompts["unlabelled"], *map(without_answer, probe)]
+    return Rows(prompts, held_out, test, probe)
 
 
 def _compares(reward: AnyReward | None) -> bool:
@@ -133,15 +148,30 @@ def reward_source(config: Config) -> RewardSource:
 
 def _reward(section: AnyReward, on_error: Literal["error", "zero"]) -> RewardSource:
     from ppo_dist.rewards.gym import gym
-    from ppo_dist.rewards.rules import Judged, WeightedSum, exact, numeric, regex
+    from ppo_dist.rewards.rules import (
+        Judged,
+        WeightedSum,
+        exact,
+        function,
+        mathematics,
+        numeric,
+        regex,
+    )
+    from ppo_dist.rewards.vote import MajorityVote
 
     match section:
         case ExactReward():
             judge = exact(section)
         case NumericReward():
             judge = numeric(section)
+        case MathReward():
+            judge = mathematics
         case RegexReward():
             judge = regex(section)
+        case FunctionReward():
+            judge = function(section)
+        case VoteReward():
+            return MajorityVote(section, on_error)
         case GymReward():
             judge = gym(section)
         case WeightedReward():
@@ -149,6 +179,19 @@ def _reward(section: AnyReward, on_error: Literal["error", "zero"]) -> RewardSou
                 [(part.weight, _reward(part.reward, on_error)) for part in section.parts]
             )
     return Judged(judge, section.kind, on_error)
+
+
+def gate(section: AnyGate) -> Gate:
+    """The gate that a config names."""
+    from ppo_dist.semi import gate as gates
+
+    match section:
+        case AllGate():
+            return gates.All()
+        case ConfidenceGate():
+            return gates.Confidence(section)
+        case TrajectoryGate():
+            return gates.Trajectory(section)
 
 
 def advantage_estimator(section: AnyAdvantage) -> AdvantageEstimator:

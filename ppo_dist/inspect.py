@@ -15,6 +15,7 @@ from ppo_dist.config import ORIGINS, Config, InputError
 from ppo_dist.coordinator.experience import supervised
 from ppo_dist.coordinator.state import Checkpoints, read_state
 from ppo_dist.coordinator.watch import not_finite, read_update
+from ppo_dist.tracking.metrics import Row
 from ppo_dist.types import Prompt
 
 
@@ -40,7 +41,8 @@ def dry_run(config: Config, console: Console) -> None:
     table = Table("data", "rows", "of them kept", "longest prompt")
     for name, before, after in [
         *((o, rows.prompts[o], encoded.prompts[o]) for o in ORIGINS),
-        ("held_out", rows.held_out, encoded.held_out),
+        ("held_out", rows.held_out, [example.prompt for example in encoded.held_out]),
+        ("test", rows.test, [example.prompt for example in encoded.test]),
     ]:
         if before:
             table.add_row(
@@ -85,18 +87,24 @@ def evaluate(config: Config, policy: str | None, console: Console) -> None:
     from ppo_dist.coordinator.evaluate import Evaluator
     from ppo_dist.run import encode
 
-    if not config.data.held_out:
-        raise InputError("data.held_out is empty: there is nothing to evaluate on")
+    if not config.data.held_out and not config.data.test:
+        raise InputError("data.held_out and data.test are empty: there is nothing to evaluate on")
     path = policy or str(Path(config.run.dir) / "policy")
     build.check_model(path)
     config = build.located(config)
     path = str(Path(path).resolve()) if Path(path).is_dir() else path
     encoded = encode(config, build.check(config), path)
+    sets = {"held_out": encoded.held_out, "test": encoded.test}
+    reward = build.reward_source(config)
+    row: Row = {}
     with build.cluster(config), build.rollout_pool(config, path) as pool:
-        row, _ = Evaluator(config, encoded.held_out, pool, build.reward_source(config))(version=0)
-    table = Table("held-out set", f"{min(len(encoded.held_out), config.eval.max_prompts)} prompts")
+        for name, examples in sets.items():
+            if examples:
+                row |= Evaluator(config, name, examples, pool, reward, None)(version=0)[0]
+    table = Table("metric", "")
     for name, value in row.items():
-        table.add_row(name, "–" if value is None else f"{value:.4f}")
+        if value is not None:
+            table.add_row(name, f"{value:.4f}")
     console.print(table)
     console.print(
         json.dumps({"policy": path, **row}), markup=False, highlight=False, soft_wrap=True

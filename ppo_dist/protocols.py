@@ -14,6 +14,7 @@ from ppo_dist.reports import Coefficients, StepReport
 from ppo_dist.types import (
     Annotation,
     Chunk,
+    LabelledExample,
     MixPlan,
     Rollout,
     Score,
@@ -53,6 +54,19 @@ class MixSchedule(Protocol):
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that later plans depend on, as JSON."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a saved state."""
+
+
+class Gate(Protocol):
+    """Decides which unlabelled prompts of a step count."""
+
+    def admit(self, scored: Sequence[Scored]) -> set[str]:
+        """Uids of the unlabelled prompts that count; sees every response of the step, once."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that later decisions depend on, as JSON."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from a saved state."""
@@ -107,11 +121,14 @@ class WeightReceiver(Protocol):
 class LearnerGroup(Protocol):
     """All learner workers, as one."""
 
-    def annotate(self, scored: Sequence[Scored]) -> list[Annotation]:
-        """What policy, reference and critic say of each sequence.
+    def annotate(
+        self, responses: Sequence[Rollout | LabelledExample], imitation: bool = False
+    ) -> list[Annotation]:
+        """What policy, reference and critic say of each response.
 
         The first call fixes the reference (the policy as it is then, where it is to be reset) and
-        starts the critic.
+        starts the critic. With `imitation` the policy alone is asked, at temperature 1 as the
+        supervised loss sees it; the other columns are 0.
         """
 
     def update(

@@ -6,7 +6,7 @@ import contextlib
 import json
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,18 +15,22 @@ import yaml
 from rich.console import Console
 
 from ppo_dist import build
-from ppo_dist.config import Config, InputError
+from ppo_dist.config import Config, InputError, Origin
 from ppo_dist.config.load import dump
 from ppo_dist.coordinator.evaluate import Evaluator
 from ppo_dist.coordinator.experience import Experience
-from ppo_dist.coordinator.loop import Loop, Parts
+from ppo_dist.coordinator.loop import Loop, Memory, Outcome, Parts
 from ppo_dist.coordinator.state import Checkpoints, RunState, read_state
 from ppo_dist.coordinator.stream import Stream
+from ppo_dist.coordinator.unlabelled import Probe, Unlabelled
 from ppo_dist.data.encode import Encoder
 from ppo_dist.protocols import Tracker
+from ppo_dist.semi.guard import Guard
+from ppo_dist.semi.pseudo import PseudoBuffer
 from ppo_dist.semi.schedule import Scheduled
 from ppo_dist.tracking.console import Several, Terminal, summary
 from ppo_dist.tracking.local import JsonLines, read_rows, record_event
+from ppo_dist.tracking.metrics import Row
 from ppo_dist.types import LabelledExample, Prompt
 
 SUMMARY = "summary.json"
@@ -47,13 +51,17 @@ FIXED = (
 class Encoded:
     """The data of a run as tokens.
 
+    `probe` has the prompts, with answers, that stand without them among the unlabelled.
+
     Example: Encoded(prompts={"verifiable": [Prompt(…)]}, examples=[LabelledExample(…)],
-    held_out=[Prompt(…)], counts={})
+    held_out=[LabelledExample(…)], test=[], probe={}, counts={})
     """
 
-    prompts: dict[Any, list[Prompt]]
+    prompts: dict[Origin, list[Prompt]]
     examples: list[LabelledExample]
-    held_out: list[Prompt]
+    held_out: list[LabelledExample]
+    test: list[LabelledExample]
+    probe: dict[str, Prompt]
     counts: dict[str, int] = field(default_factory=dict)
 
 
@@ -72,7 +80,7 @@ def train(config: Config, resume: bool | Path, console: Console) -> int:
         )
         return 0
     rows = build.check(config)
-    checkpoint, state, parts_state = _starting_point(config, folder, resume, console)
+    checkpoint, state, saved = _starting_point(config, folder, resume, console)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(dump(config), encoding="utf-8")
     config = build.located(config)
@@ -80,42 +88,90 @@ def train(config: Config, resume: bool | Path, console: Console) -> int:
     encoded = encode(config, rows, model_path)
     for what, count in encoded.counts.items():
         console.print(f"{count} prompts longer than data.max_prompt_tokens were {what}")
-    schedule = Scheduled(config.mix)
-    stream = Stream(encoded.prompts, encoded.examples, config.run.seed)
-    experience = Experience(config.algorithm, build.advantage_estimator(config.algorithm.advantage))
+    memory = remembered(config, encoded)
     if checkpoint is not None:
-        schedule.load_state_dict(parts_state["schedule"])
-        stream.load_state_dict(parts_state["stream"])
-        experience.load_state_dict(parts_state["experience"])
+        memory.load_state_dict(saved)
         record_event(folder, "resumed", step=state.step)
-    with (
-        build.cluster(config),
-        build.learners(config, model_path, checkpoint) as learners,
-        build.rollout_pool(config, model_path) as pool,
-        _interrupts() as interrupted,
-    ):
-        reward = build.reward_source(config)
-        evaluator = Evaluator(config, encoded.held_out, pool, reward) if encoded.held_out else None
-        tracker = _tracker(config, folder, state, checkpoint is not None, console)
-        loop = Loop(
-            config,
-            Parts(schedule, stream, pool, learners, reward, experience, tracker, evaluator),
-            state,
-        )
-        try:
-            done = loop.run(interrupted)
-        finally:
-            tracker.close()
-    if loop.watch.verdict is not None:
-        record_event(folder, "stopped", step=loop.state.step, reason=loop.watch.verdict)
-        console.print(f"stopped after step {loop.state.step}: {loop.watch.verdict}")
-        return 3
-    if not done:
-        record_event(folder, "interrupted", step=loop.state.step)
-        console.print(f"stopped after step {loop.state.step}; `--resume` goes on from there")
-        return 130
-    _finish(folder, loop.state, console)
-    return 0
+    tracker = _tracker(config, folder, state, checkpoint is not None, console)
+    try:
+        with build.cluster(config), _interrupts() as interrupted:
+            journey = Journey(config, model_path, encoded, memory, tracker)
+            outcome, loop = journey.run(checkpoint, state, interrupted)
+    finally:
+        tracker.close()
+    return _ended(folder, outcome, loop, console)
+
+
+@dataclass(frozen=True)
+class Journey:
+    """A run's loop on its workers, and after a roll back on new ones."""
+
+    config: Config
+    model_path: str
+    encoded: Encoded
+    memory: Memory
+    tracker: Tracker
+
+    def run(
+        self, checkpoint: Path | None, state: RunState, interrupted: Callable[[], bool]
+    ) -> tuple[Outcome, Loop]:
+        """To the last step or a stop, starting with the learners of a checkpoint."""
+        pending: Row | None = None
+        while True:
+            outcome, loop = self._once(checkpoint, state, pending, interrupted)
+            if outcome != "roll_back":
+                return outcome, loop
+            checkpoint, state, pending = self._back(loop.state), loop.state, loop.pending
+
+    def _once(
+        self,
+        checkpoint: Path | None,
+        state: RunState,
+        pending: Row | None,
+        interrupted: Callable[[], bool],
+    ) -> tuple[Outcome, Loop]:
+        config, encoded = self.config, self.encoded
+        with (
+            build.learners(config, self.model_path, checkpoint) as learners,
+            build.rollout_pool(config, self.model_path) as pool,
+        ):
+            reward = build.reward_source(config)
+            evaluators = [
+                Evaluator(config, name, examples, pool, reward, learners) if examples else None
+                for name, examples in (("held_out", encoded.held_out), ("test", encoded.test))
+            ]
+            parts = Parts(pool, learners, reward, self.tracker, *evaluators)
+            loop = Loop(config, self.memory, parts, state, pending)
+            return loop.run(interrupted), loop
+
+    def _back(self, state: RunState) -> Path:
+        """The best evaluation's checkpoint; what was learned since is forgotten, while time and
+        data go on.
+        """
+        folder = Path(self.config.run.dir)
+        checkpoint = Checkpoints(folder, 1).of_step(state.best_step)
+        assert checkpoint is not None, "the loop saves it where the guard may go back"
+        self.memory.load_state_dict(read_state(checkpoint)[1], ["experience", "unlabelled"])
+        self.memory.guard.rolled_back(state.step)
+        record_event(folder, "rolled_back", step=state.step, to_step=state.best_step)
+        return checkpoint
+
+
+def remembered(config: Config, encoded: Encoded) -> Memory:
+    """The coordinator's memory at the beginning of a run."""
+    prompts, semi, seed = encoded.prompts, config.semi, config.run.seed
+    by_uid = {p.uid: p for group in prompts.values() for p in group}
+    probe = Probe(encoded.probe, build.reward_source(config)) if encoded.probe else None
+    buffer = PseudoBuffer(semi.pseudo, by_uid, seed) if semi.pseudo is not None else None
+    return Memory(
+        schedule=Scheduled(config.mix),
+        stream=Stream(prompts, encoded.examples, seed),
+        experience=Experience(
+            config.algorithm, build.advantage_estimator(config.algorithm.advantage)
+        ),
+        unlabelled=Unlabelled(build.gate(semi.gate), semi.pseudo, buffer, probe),
+        guard=Guard(semi.guard, is_complement=config.mix.policy_coef == "complement"),
+    )
 
 
 def encode(config: Config, rows: build.Rows, model_path: str) -> Encoded:
@@ -134,12 +190,15 @@ def encode(config: Config, rows: build.Rows, model_path: str) -> Encoded:
     encoded = Encoded(
         prompts,
         encoder.examples(rows.prompts["labelled"]),
-        encoder.prompts(rows.held_out, "labelled"),
+        encoder.examples(rows.held_out),
+        encoder.examples(rows.test),
+        {p.uid: p for p in encoder.prompts(rows.probe, "labelled")},
         encoder.counts,
     )
     for name, before, after in (
         *((o, rows.prompts[o], prompts[o]) for o in prompts),
         ("held_out", rows.held_out, encoded.held_out),
+        ("test", rows.test, encoded.test),
     ):
         if before and not after:
             raise InputError(
@@ -147,6 +206,21 @@ def encode(config: Config, rows: build.Rows, model_path: str) -> Encoded:
                 "(data.max_prompt_tokens)"
             )
     return encoded
+
+
+def _ended(folder: Path, outcome: Outcome, loop: Loop, console: Console) -> int:
+    """Records and tells how a run ended. Returns the exit code."""
+    step = loop.state.step
+    if outcome == "stopped":
+        record_event(folder, "stopped", step=step, reason=loop.watch.verdict)
+        console.print(f"stopped after step {step}: {loop.watch.verdict}")
+        return 3
+    if outcome == "interrupted":
+        record_event(folder, "interrupted", step=step)
+        console.print(f"stopped after step {step}; `--resume` goes on from there")
+        return 130
+    _finish(folder, loop.state, console)
+    return 0
 
 
 def is_started(folder: Path) -> bool:

@@ -133,6 +133,35 @@ class Rollout:
 
 
 @dataclass(frozen=True)
+class Vote:
+    """What a group agrees on. `label` is None where nothing wins: a tie, or no answer at all.
+
+    `share` is the winner's part of all responses, `margin` what it is ahead of the next by, and
+    `entropy` that of the answers that could be taken out, in nats.
+
+    Example: Vote(label="7", share=0.5, margin=0.25, entropy=0.636)
+    """
+
+    label: str | None
+    share: float
+    margin: float
+    entropy: float
+
+
+@dataclass(frozen=True)
+class Ballot:
+    """One response's part in a vote: the vote of its whole group, the answer taken out of it, and
+    whether it can be judged (with `leave_one_out` the others may have no majority).
+
+    Example: Ballot(vote=Vote("7", 0.5, 0.25, 0.636), answer="7", judged=True)
+    """
+
+    vote: Vote
+    answer: str | None
+    judged: bool
+
+
+@dataclass(frozen=True)
 class Score:
     """A reward and where it came from; `fault` says why a checker failed and the reward is 0.
 
@@ -142,6 +171,7 @@ class Score:
     value: float
     source: str
     fault: str | None = None
+    ballot: Ballot | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,13 +209,17 @@ class TrainSequence:
     no other kind.
 
     A rollout has policy and value weights of 1 and no ce weight; a labelled example the reverse.
+    `origin` is its prompt's; `source` is what judged it, or `label`, or `pseudo_label`.
 
-    Example: TrainSequence(uid="labelled/0:3", tokens_T=[8, 5, 3, 5, 8, 1], prompt_tokens=3,
-        policy_weight_R=[0, 0, 0], value_weight_R=[0, 0, 0], ce_weight_R=[1, 1, 1], advantages_R=…,
-        returns_R=…, logprobs_R=…, reference_R=…, values_R=…)
+    Example: TrainSequence(uid="labelled/0:3", origin="labelled", source="label", tokens_T=[8, 5, 3,
+        5, 8, 1], prompt_tokens=3, policy_weight_R=[0, 0, 0], value_weight_R=[0, 0, 0],
+        ce_weight_R=[1, 1, 1], advantages_R=…, returns_R=…, logprobs_R=…, reference_R=…,
+        values_R=…)
     """
 
     uid: str
+    origin: Origin
+    source: str
     tokens_T: Ints
     prompt_tokens: int
     policy_weight_R: Floats

@@ -10,7 +10,15 @@ import numpy as np
 import torch
 
 from ppo_dist.reports import Coefficients, StepReport, TermSums, TokenCounts, UpdateReport
-from ppo_dist.types import Annotation, Chunk, Rollout, Score, Scored, TrainSequence, Weights
+from ppo_dist.types import (
+    Annotation,
+    Chunk,
+    LabelledExample,
+    Rollout,
+    Score,
+    TrainSequence,
+    Weights,
+)
 
 
 class FakeEngine:
@@ -81,9 +89,11 @@ class FakeLearners:
         self.events: list[str] = []
         self.seen: list[list[TrainSequence]] = []
 
-    def annotate(self, scored: Sequence[Scored]) -> list[Annotation]:
-        self.events.append("annotate")
-        return [self._annotation(len(s.rollout.tokens_R)) for s in scored]
+    def annotate(
+        self, responses: Sequence[Rollout | LabelledExample], imitation: bool = False
+    ) -> list[Annotation]:
+        self.events.append("annotate" + " to imitate" * imitation)
+        return [self._annotation(len(r.tokens_R)) for r in responses]
 
     def _annotation(self, count: int) -> Annotation:
         level = np.full(count, self.updates / 10, np.float32)

@@ -4,7 +4,7 @@ learner/losses.py.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -19,6 +19,13 @@ class PolicyTerm(NamedTuple):
     clipped: torch.Tensor
     kl: torch.Tensor
     kl_k1: torch.Tensor
+
+
+class SupervisedTerm(NamedTuple):
+    """Per token: the loss, and the plain cross-entropy."""
+
+    loss: torch.Tensor
+    nll: torch.Tensor
 
 
 class ValueTerm(NamedTuple):
@@ -48,6 +55,18 @@ def policy_term(
         over = (advantages < 0) & (loss > limit)
         loss, clipped = torch.where(over, limit, loss), clipped | over
     return PolicyTerm(loss, clipped.float(), ratio - 1 - log_ratio, -log_ratio)
+
+
+def supervised_term(logprobs: torch.Tensor, kind: Literal["nll", "phi"]) -> SupervisedTerm:
+    """−log p, or −φ·log p with φ = p(1−p), through which no gradient goes.
+
+    φ is small for tokens that the policy is sure of and for those it finds absurd. Source: CHORD-φ,
+    Zhang et al. 2025, arXiv:2508.11408.
+    """
+    if kind == "nll":
+        return SupervisedTerm(-logprobs, -logprobs)
+    probability = logprobs.detach().exp()
+    return SupervisedTerm(-probability * (1 - probability) * logprobs, -logprobs)
 
 
 def value_term(

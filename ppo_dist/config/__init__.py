@@ -6,14 +6,14 @@ Horizons (`steps`, `warmup`) count steps of the run and are keys of their own, n
 
 from __future__ import annotations
 
-from typing import Any
-
 from pydantic import Field, model_validator
 
 from ppo_dist.config.algorithm import Algorithm, Mix
-from ppo_dist.config.base import ORIGINS, InputError, Origin, Section, SupervisedFirst, peak
+from ppo_dist.config.base import ORIGINS, InputError, Origin, Section
+from ppo_dist.config.combinations import impossible, sees_answer, uses
 from ppo_dist.config.data import Critic, Data, Model, Reference
-from ppo_dist.config.reward import RegexReward, Reward, WeightedReward
+from ppo_dist.config.reward import Reward
+from ppo_dist.config.semi import Semi
 from ppo_dist.config.workers import (
     Cluster,
     Eval,
@@ -23,7 +23,7 @@ from ppo_dist.config.workers import (
     Transport,
 )
 
-__all__ = ["ORIGINS", "Config", "InputError", "Origin", "Section", "impossible", "sees_answer"]
+__all__ = ["ORIGINS", "Config", "InputError", "Origin", "Section", "sees_answer", "uses"]
 
 
 class Run(Section):
@@ -55,6 +55,7 @@ class Config(Section):
     data: Data
     reward: Reward = Reward()
     mix: Mix = Mix()
+    semi: Semi = Semi()
     algorithm: Algorithm = Algorithm()
     reference: Reference = Reference()
     critic: Critic = Critic()
@@ -71,72 +72,3 @@ class Config(Section):
         if problem:
             raise ValueError(problem)
         return self
-
-
-def impossible(config: Config) -> list[str]:
-    """Combinations of single values that are each fine and together are not, one sentence each."""
-    c, problems = config, []
-    mu = c.mix.schedule
-    mu_peak = mu.mu if isinstance(mu, SupervisedFirst) else peak(mu)
-    generates = peak(c.mix.prompts) > 0
-    if c.learner.zero_stage == 0 and c.learner.dtype == "bf16":
-        problems.append("learner.dtype bf16 needs learner.zero_stage 1, 2 or 3")
-    if c.learner.zero_stage == 0 and c.learner.offload != "none":
-        problems.append("learner.offload needs learner.zero_stage 1, 2 or 3")
-    if c.cluster.kind == "local" and (c.learner.workers > 1 or c.rollout.workers > 1):
-        problems.append(
-            "cluster.kind local runs one learner and one rollout worker: set both `workers` to 1"
-        )
-    mixed = mu.then if isinstance(mu, SupervisedFirst) else mu
-    if c.mix.policy_coef == "complement" and peak(mixed) > 1:
-        problems.append("mix.policy_coef complement is 1−μ, so μ (mix.schedule) must not pass 1")
-    if peak(c.mix.labelled_batch) > 0 and not c.data.labelled:
-        problems.append("mix.labelled_batch is above 0, but data.labelled is empty")
-    if isinstance(mu, SupervisedFirst) and peak(c.mix.labelled_batch) == 0:
-        problems.append("mix.schedule supervised_first needs mix.labelled_batch above 0")
-    if not generates and (mu_peak == 0 or peak(c.mix.labelled_batch) == 0):
-        problems.append(
-            "nothing to train on: mix.prompts is 0 and so is mix.labelled_batch or μ (mix.schedule)"
-        )
-    for origin in ORIGINS if generates else ():
-        if peak(_of(c.mix.shares, origin)) > 0:
-            if not _of(c.data, origin):
-                problems.append(f"mix.shares.{origin} is above 0, but data.{origin} is empty")
-            if _of(c.reward, origin) is None:
-                problems.append(f"mix.shares.{origin} is above 0, but reward.{origin} is not given")
-    if generates and not any(peak(_of(c.mix.shares, o)) > 0 for o in ORIGINS):
-        problems.append("mix.prompts is above 0, but every one of mix.shares is 0")
-    if c.reward.unlabelled is not None and sees_answer(c.reward.unlabelled):
-        problems.append(
-            "reward.unlabelled must not see an answer: only regex, or sums of regex, are allowed"
-        )
-    if c.algorithm.advantage.kind in ("group_mean", "rloo") and c.rollout.group_size < 2:
-        problems.append(
-            f"algorithm.advantage {c.algorithm.advantage.kind} compares responses to one prompt: "
-            "rollout.group_size must be 2 or more"
-        )
-    if c.model.lora is not None and (c.reference.path or c.reference.reset != "never"):
-        problems.append(
-            "with model.lora the reference is the policy without its adapter: "
-            "set reference.reset to never, and no reference.path"
-        )
-    if c.critic.shared and c.critic.path is not None:
-        problems.append("critic.shared has no model of its own: critic.path must be null")
-    if c.critic.shared and c.critic.warmup:
-        problems.append("critic.warmup would move a shared trunk, and so the policy: set it to 0")
-    if not c.algorithm.has_critic and c.critic != Critic():
-        problems.append("critic.* has no effect without a critic (algorithm.advantage gae)")
-    if c.data.held_out and c.reward.labelled is None:
-        problems.append("data.held_out needs reward.labelled to be evaluated")
-    return problems
-
-
-def _of(section: Section, key: str) -> Any:
-    return dict(section)[key]
-
-
-def sees_answer(reward: Section) -> bool:
-    """Whether a reward compares with an answer or asks a checker."""
-    if isinstance(reward, WeightedReward):
-        return any(sees_answer(part.reward) for part in reward.parts)
-    return not isinstance(reward, RegexReward)

@@ -6,7 +6,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from ppo_dist.config.base import Constant, MuSchedule, Scalar, Section, bare_kind, bare_number
+from ppo_dist.config.base import (
+    Constant,
+    MixScalar,
+    MuSchedule,
+    Scalar,
+    Section,
+    bare_kind,
+    bare_number,
+)
 
 Whiten = Literal["global", "per_origin", "off"]
 
@@ -171,10 +179,14 @@ class Algorithm(Section):
     value_clip: float | None = Field(
         0.2, gt=0, description="ε of the clipped value loss; null: not clipped"
     )
-    value_coef: float = Field(0.5, gt=0, description="weight of the value loss")
-    entropy_coef: float = Field(0.0, ge=0, description="weight of the entropy bonus")
+    value_coef: Scalar = Field(Constant(value=0.5), description="weight of the value loss")
+    entropy_coef: Scalar = Field(Constant(value=0.0), description="weight of the entropy bonus")
     aggregate: Literal["token", "sequence"] = Field(
         "token", description="whether tokens or sequences weigh the same in the policy loss"
+    )
+    supervised_loss: Literal["nll", "phi"] = Field(
+        "nll",
+        description="cross-entropy, or each token's weighted by p(1−p) (CHORD, arXiv:2508.11408)",
     )
 
     @model_validator(mode="after")
@@ -192,9 +204,9 @@ class Algorithm(Section):
 class Shares(Section):
     """Parts of a step's prompts by origin; they are scaled to sum to one."""
 
-    labelled: Scalar = Constant(value=0.0)
-    verifiable: Scalar = Constant(value=0.0)
-    unlabelled: Scalar = Constant(value=0.0)
+    labelled: MixScalar = Constant(value=0.0)
+    verifiable: MixScalar = Constant(value=0.0)
+    unlabelled: MixScalar = Constant(value=0.0)
 
 
 class Mix(Section):
@@ -205,9 +217,9 @@ class Mix(Section):
         Constant(value=32), description="prompts a step; 0 is supervised training"
     )
     shares: Shares = Shares(verifiable=Constant(value=1.0))
-    labelled_batch: Scalar = Field(
+    labelled_batch: MixScalar = Field(
         Constant(value=0), description="supervised examples an update; 0 is plain PPO"
     )
-    policy_coef: float | Literal["complement"] = Field(
-        1.0, description="weight of the policy loss; `complement` is 1−μ (CHORD, arXiv:2508.11408)"
+    policy_coef: Literal["complement"] | MixScalar = Field(
+        Constant(value=1.0), description="weight of the policy loss; `complement` is 1−μ (CHORD)"
     )

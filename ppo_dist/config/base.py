@@ -90,6 +90,35 @@ AnyScalar = Annotated[Constant | Linear | Cosine | Piecewise, Field(discriminato
 Scalar = Annotated[AnyScalar, BeforeValidator(bare_number)]
 
 
+class Adaptive(Section):
+    """A proportional controller on the held-out set: from `start` up as the policy gets worse
+    there, down as it gets better, always within `low` and `high`.
+
+    At each evaluation the number is multiplied by exp(gain · change), where the change is that of
+    the signal since the evaluation before: of the labelled responses' mean negative log-likelihood
+    a token (`nll`), or of 1 − greedy accuracy (`accuracy`); at most ±1.
+    """
+
+    kind: Literal["adaptive"]
+    start: float = Field(gt=0)
+    low: float = Field(gt=0)
+    high: float = Field(gt=0)
+    gain: float = Field(2.0, gt=0)
+    signal: Literal["nll", "accuracy"] = "nll"
+
+    @model_validator(mode="after")
+    def _bounded(self) -> Adaptive:
+        if not self.low <= self.start <= self.high:
+            raise ValueError("low ≤ start ≤ high must hold")
+        return self
+
+
+AnyMixScalar = Annotated[
+    Constant | Linear | Cosine | Piecewise | Adaptive, Field(discriminator="kind")
+]
+MixScalar = Annotated[AnyMixScalar, BeforeValidator(bare_number)]
+
+
 class SupervisedFirst(Section):
     """`steps` of supervised loss alone with weight `mu`, then the mix, whose weight follows `then`
     (step 0 = its first).
@@ -98,18 +127,19 @@ class SupervisedFirst(Section):
     kind: Literal["supervised_first"]
     steps: int = Field(gt=0)
     mu: float = Field(1.0, gt=0)
-    then: Scalar = Constant(value=0.1)
+    then: MixScalar = Constant(value=0.1)
 
 
 MuSchedule = Annotated[
     Annotated[
-        Constant | Linear | Cosine | Piecewise | SupervisedFirst, Field(discriminator="kind")
+        Constant | Linear | Cosine | Piecewise | Adaptive | SupervisedFirst,
+        Field(discriminator="kind"),
     ],
     BeforeValidator(bare_number),
 ]
 
 
-def peak(scalar: Constant | Linear | Cosine | Piecewise) -> float:
+def peak(scalar: AnyMixScalar) -> float:
     """The largest value that a scheduled number takes."""
     match scalar:
         case Constant():
@@ -120,3 +150,5 @@ def peak(scalar: Constant | Linear | Cosine | Piecewise) -> float:
             return max(scalar.peak, scalar.floor)
         case Piecewise():
             return max(value for _, value in scalar.values)
+        case Adaptive():
+            return scalar.high

@@ -98,7 +98,12 @@ class Columns(Section):
 
 
 class Shaping(Section):
-    """How a row becomes text; templates are Python format strings over the row's columns."""
+    """Which rows are taken, and how they become text; templates are Python format strings over the
+    row's columns.
+    """
+
+    offset: int = Field(0, ge=0, description="so many rows at the beginning are left out")
+    limit: int | None = Field(None, ge=1, description="at most so many rows are taken")
 
     prompt_template: str | None = Field(
         None, description="format string over the row that makes the prompt"
@@ -151,7 +156,13 @@ class Data(Section):
     unlabelled: Sources = Field(
         [], description="prompts alone; an answer in the file is never read"
     )
-    held_out: Sources = Field([], description="labelled examples that are only evaluated on")
+    held_out: Sources = Field(
+        [],
+        description="labelled examples that are only evaluated on; schedules and guard follow it",
+    )
+    test: Sources = Field(
+        [], description="labelled examples that are evaluated on at the end; nothing depends on it"
+    )
     chat: bool = Field(
         False, description="put a prompt that is a plain string into the tokenizer's chat template"
     )

@@ -118,7 +118,7 @@ def _walk(loc: Iterable[int | str]) -> tuple[list[str], type[Section] | None]:
     section: type[Section] | None = Config
     candidates: list[type[Section]] = [Config]
     for part in loc:
-        tagged = [c for c in candidates if _kind(c) == part]
+        tagged = [c for c in candidates if part in _kinds(c)]
         if len(candidates) > 1 and tagged:
             candidates = tagged
             continue
@@ -134,9 +134,9 @@ def _walk(loc: Iterable[int | str]) -> tuple[list[str], type[Section] | None]:
     return path, section
 
 
-def _kind(section: type[Section]) -> Any:
+def _kinds(section: type[Section]) -> tuple[Any, ...]:
     field = section.model_fields.get("kind")
-    return typing.get_args(field.annotation)[0] if field else None
+    return typing.get_args(field.annotation) if field else ()
 
 
 def _sections(annotation: Any) -> Iterable[type[Section]]:

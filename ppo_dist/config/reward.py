@@ -4,25 +4,38 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field
 
 from ppo_dist.config.base import Section, bare_kind
 
 
 class Extract(Section):
-    """Takes the answer out of a response."""
+    """Takes the answer out of a response: all of it, its first line, its last number, or what
+    stands in its last \\boxed{}, read by math-verify.
+    """
 
-    kind: Literal["text", "last_number", "first_line", "after"] = "text"
-    marker: str = Field("", description="for `after`: the text that stands before the answer")
-
-    @model_validator(mode="after")
-    def _marked(self) -> Extract:
-        if (self.kind == "after") != bool(self.marker):
-            raise ValueError("`marker` goes with kind `after`, and with no other")
-        return self
+    kind: Literal["text", "last_number", "first_line", "boxed"] = "text"
 
 
-AnyExtract = Annotated[Extract, BeforeValidator(bare_kind)]
+class ExtractAfter(Section):
+    """What stands on the same line after the last `marker`."""
+
+    kind: Literal["after"]
+    marker: str = Field(min_length=1, description="the text that stands before the answer")
+
+
+class FunctionOf(Section):
+    """A function of your own, loaded from a Python file: `name(text) -> str | None`."""
+
+    kind: Literal["function"]
+    path: str = Field(description="the Python file; it is run")
+    name: str
+
+
+AnyExtract = Annotated[
+    Annotated[Extract | ExtractAfter | FunctionOf, Field(discriminator="kind")],
+    BeforeValidator(bare_kind),
+]
 
 
 class ExactReward(Section):
@@ -48,6 +61,19 @@ class RegexReward(Section):
     pattern: str
 
 
+class VoteReward(Section):
+    """1 if the extracted answer is the one that most responses to the prompt have, else 0 (TTRL,
+    Zuo et al. 2025, arXiv:2504.16084). Sees no answer. Where no answer has the most votes, nothing
+    is learned from the prompt.
+    """
+
+    kind: Literal["vote"]
+    extract: AnyExtract = Extract()
+    leave_one_out: bool = Field(
+        False, description="compare each response with the majority of the others"
+    )
+
+
 class GymReward(Section):
     """The reasoning-gym task's own score of the extracted answer, 0 to 1. `strict` counts only a
     full score.
@@ -56,6 +82,23 @@ class GymReward(Section):
     kind: Literal["reasoning_gym"]
     extract: AnyExtract = Extract()
     strict: bool = True
+
+
+class MathReward(Section):
+    """1 if the response's answer equals the prompt's as mathematics, by math-verify, else 0."""
+
+    kind: Literal["math"]
+
+
+class FunctionReward(Section):
+    """A function of your own, loaded from a Python file: `name(prompt, response, answer) -> float`,
+    three texts. Without `needs_answer` rows need none, and `answer` is None for unlabelled prompts.
+    """
+
+    kind: Literal["function"]
+    path: str = Field(description="the Python file; it is run")
+    name: str
+    needs_answer: bool = True
 
 
 class WeightedReward(Section):
@@ -67,7 +110,14 @@ class WeightedReward(Section):
 
 AnyReward = Annotated[
     Annotated[
-        ExactReward | NumericReward | RegexReward | GymReward | WeightedReward,
+        ExactReward
+        | NumericReward
+        | MathReward
+        | RegexReward
+        | VoteReward
+        | GymReward
+        | FunctionReward
+        | WeightedReward,
         Field(discriminator="kind"),
     ],
     BeforeValidator(bare_kind),

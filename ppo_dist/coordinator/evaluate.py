@@ -1,4 +1,4 @@
-"""How good a policy version is on the held-out labelled set."""
+"""How good a policy version is on a set of labelled examples that it never learns from."""
 
 from __future__ import annotations
 
@@ -6,31 +6,51 @@ from collections.abc import Sequence
 
 from ppo_dist.config import Config
 from ppo_dist.data.chunks import chunks
-from ppo_dist.protocols import RewardSource, RolloutPool
+from ppo_dist.protocols import LearnerGroup, RewardSource, RolloutPool
 from ppo_dist.tracking.metrics import Row, evaluation_row
-from ppo_dist.types import Prompt, Sampling, Scored
+from ppo_dist.types import LabelledExample, Sampling, Scored
 
 # the same random numbers every time: between two evaluations only the policy differs
 EVALUATION_STEP = 0
 
 
 class Evaluator:
-    """Greedy and sampled responses to the held-out prompts, and their rewards."""
+    """Greedy and sampled responses to the examples' prompts and their rewards; the likelihood of
+    the labelled responses.
+    """
 
     def __init__(
-        self, config: Config, prompts: Sequence[Prompt], pool: RolloutPool, reward: RewardSource
+        self,
+        config: Config,
+        name: str,
+        examples: Sequence[LabelledExample],
+        pool: RolloutPool,
+        reward: RewardSource,
+        learners: LearnerGroup | None,
     ) -> None:
-        self._config, self._pool, self._reward = config, pool, reward
-        self._prompts = prompts[: config.eval.max_prompts]
+        """Without `learners` there is no likelihood."""
+        self._config, self._name = config, name
+        self._pool, self._reward, self._learners = pool, reward, learners
+        self._examples = examples[: config.eval.max_prompts]
 
     def __call__(self, version: int) -> tuple[Row, list[Scored]]:
-        """Metrics, and the scored greedy responses, of a version that the pool has loaded."""
+        """Metrics, and the scored greedy responses, of a version that the pool has loaded and that
+        is the learners' own.
+        """
         greedy = self._responses(version, temperature=0.0, count=1, stream="eval-greedy")
         temperature, count = self._config.rollout.temperature, self._config.eval.samples
         sampled = (
             self._responses(version, temperature, count, stream="eval-sampled") if count else []
         )
-        return evaluation_row(greedy, sampled), greedy
+        return evaluation_row(self._name, greedy, sampled, self._nll()), greedy
+
+    def _nll(self) -> float | None:
+        """Mean negative log-likelihood of the labelled responses' tokens, in nats."""
+        if self._learners is None:
+            return None
+        annotations = self._learners.annotate(self._examples, imitation=True)
+        tokens = sum(len(a.logprobs_R) for a in annotations)
+        return -sum(float(a.logprobs_R.sum()) for a in annotations) / tokens
 
     def _responses(self, version: int, temperature: float, count: int, stream: str) -> list[Scored]:
         rollout, evaluation = self._config.rollout, self._config.eval
@@ -42,8 +62,7 @@ class Evaluator:
             evaluation.top_p,
             evaluation.top_k,
         )
-        self._pool.submit(
-            chunks(self._prompts, count, rollout.chunk, EVALUATION_STEP, version, sampling)
-        )
+        prompts = [example.prompt for example in self._examples]
+        self._pool.submit(chunks(prompts, count, rollout.chunk, EVALUATION_STEP, version, sampling))
         rollouts = self._pool.collect()
         return [Scored(r, s) for r, s in zip(rollouts, self._reward.score(rollouts), strict=True)]

@@ -135,6 +135,8 @@ def _reinforced(
     count = len(rollout.tokens_R)
     return TrainSequence(
         uid=f"{rollout.prompt.uid}#{rollout.index}",
+        origin=rollout.prompt.origin,
+        source=scored.score.source,
         tokens_T=np.concatenate([rollout.prompt.tokens_P, rollout.tokens_R]),
         prompt_tokens=len(rollout.prompt.tokens_P),
         policy_weight_R=np.full(count, policy_weight, np.float32),
@@ -152,17 +154,21 @@ def _row(padded: torch.Tensor, count: int) -> Floats:
     return padded[:count].numpy().astype(np.float32)
 
 
-def supervised(example: LabelledExample) -> TrainSequence:
+def supervised(
+    example: LabelledExample, weight: float = 1.0, source: str = "label"
+) -> TrainSequence:
     """The training sequence of a labelled example: cross-entropy on its response alone."""
     count = len(example.tokens_R)
     zeros = np.zeros(count, np.float32)
     return TrainSequence(
         uid=example.prompt.uid,
+        origin=example.prompt.origin,
+        source=source,
         tokens_T=np.concatenate([example.prompt.tokens_P, example.tokens_R]),
         prompt_tokens=len(example.prompt.tokens_P),
         policy_weight_R=zeros,
         value_weight_R=zeros,
-        ce_weight_R=np.ones(count, np.float32),
+        ce_weight_R=np.full(count, weight, np.float32),
         advantages_R=zeros,
         returns_R=zeros,
         logprobs_R=zeros,
@@ -173,13 +179,13 @@ def supervised(example: LabelledExample) -> TrainSequence:
 
 def updates(
     reinforced: Sequence[TrainSequence],
-    take_labelled: Callable[[], list[LabelledExample]],
+    take_supervised: Callable[[], list[TrainSequence]],
     algorithm: Algorithm,
     seed: int,
     step: int,
 ) -> list[list[TrainSequence]]:
     """The sequences of each update of a step: a part of the rollouts, newly shuffled each epoch,
-    and labelled examples.
+    and supervised ones.
 
     There are epochs × minibatches of them, whatever the mix, so that runs with other mixes make as
     many updates. Responses to one prompt stay in one minibatch: the learner then computes their
@@ -197,7 +203,7 @@ def updates(
             rollouts = [sequence for g in part for sequence in by_prompt[g]]
             if algorithm.aggregate == "sequence":
                 rollouts = _equal_sequences(rollouts)
-            made.append(rollouts + [supervised(example) for example in take_labelled()])
+            made.append(rollouts + take_supervised())
     return made
 
 

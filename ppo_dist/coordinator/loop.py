@@ -11,14 +11,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ppo_dist.config import Config
 from ppo_dist.config.algorithm import KlInLoss
 from ppo_dist.coordinator.evaluate import Evaluator
-from ppo_dist.coordinator.experience import Experience, updates
+from ppo_dist.coordinator.experience import Experience, supervised, updates
 from ppo_dist.coordinator.state import Checkpoints, RunState
 from ppo_dist.coordinator.stream import Stream
+from ppo_dist.coordinator.unlabelled import Unlabelled
 from ppo_dist.coordinator.watch import Watch
 from ppo_dist.data.chunks import chunks
 from ppo_dist.protocols import (
@@ -29,53 +30,103 @@ from ppo_dist.protocols import (
     Tracker,
 )
 from ppo_dist.reports import Coefficients
+from ppo_dist.semi.guard import Guard
 from ppo_dist.semi.schedule import value_at
 from ppo_dist.tracking.metrics import Row, Stopwatch, keys, step_row, timings
-from ppo_dist.types import MixPlan, Rollout, Sampling, Scored
+from ppo_dist.types import MixPlan, Rollout, Sampling, Scored, TrainSequence
+
+Outcome = Literal["done", "interrupted", "stopped", "roll_back"]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What the coordinator remembers beside the run state, part by part."""
+
+    schedule: MixSchedule
+    stream: Stream
+    experience: Experience
+    unlabelled: Unlabelled
+    guard: Guard
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of all parts, by name."""
+        return {name: part.state_dict() for name, part in vars(self).items()}
+
+    def load_state_dict(self, state: dict[str, Any], names: Sequence[str] | None = None) -> None:
+        """Goes on from a saved state, in all parts or in those named."""
+        for name in names or vars(self):
+            vars(self)[name].load_state_dict(state[name])
 
 
 @dataclass(frozen=True)
 class Parts:
     """All that the loop drives, behind the protocols."""
 
-    schedule: MixSchedule
-    stream: Stream
     pool: RolloutPool
     learners: LearnerGroup
     reward: RewardSource
-    experience: Experience
     tracker: Tracker
-    evaluator: Evaluator | None
+    held_out: Evaluator | None
+    test: Evaluator | None
 
 
 class Loop:
     """Runs the steps of a config, from a fresh state or a resumed one."""
 
-    def __init__(self, config: Config, parts: Parts, state: RunState = RunState()) -> None:  # noqa: B008 (frozen)
-        self._config, self._parts, self.state = config, parts, state
+    def __init__(
+        self,
+        config: Config,
+        memory: Memory,
+        parts: Parts,
+        state: RunState = RunState(),  # noqa: B008 (frozen)
+        pending: Row | None = None,
+    ) -> None:
+        """`pending` is the row of a step after which the run went back to an earlier policy."""
+        self._config, self._memory, self._parts, self.state = config, memory, parts, state
         self._folder = Path(config.run.dir)
         self._checkpoints = Checkpoints(self._folder, config.train.keep_checkpoints)
         self._keys = keys(config)
-        self.watch = Watch(config, parts.tracker)
+        self.watch = Watch(config, parts.tracker, memory.guard)
+        self._goes_back = any(
+            getattr(check, "action", None) == "roll_back" for _, check in config.semi.guard
+        )
+        self.pending = pending
         self._loaded_version: int | None = None
         self._saved_step = state.step
 
-    def run(self, should_stop: Callable[[], bool] = lambda: False) -> bool:
-        """Runs to the last step. False if it was asked to stop before, or the watch had to stop it;
-        either way a checkpoint holds the state.
+    def run(self, should_stop: Callable[[], bool] = lambda: False) -> Outcome:
+        """Runs to the last step, or until it is asked to stop, the watch has to stop it, or it must
+        go on from an earlier policy. In all cases but the last a checkpoint holds the state.
         """
-        if self.state.step == 0 and self._parts.evaluator is not None:
-            self._log(0, self._evaluate(Stopwatch()))
+        if self.state == RunState() or self.pending is not None:
+            self._begin()
         while self.state.step < self._config.train.steps and not should_stop():
             self._pass()
+            if self.watch.rolls_back:
+                return "roll_back"
             if self.watch.verdict is not None:
                 break
         if self._saved_step != self.state.step:
             self.save()
-        if self.state.step < self._config.train.steps or self.watch.verdict is not None:
-            return False
+        if self.watch.verdict is not None:
+            return "stopped"
+        if self.state.step < self._config.train.steps:
+            return "interrupted"
         self._parts.learners.save(policy=self._folder / "policy")
-        return True
+        return "done"
+
+    def _begin(self) -> None:
+        """Evaluates the policy that the run starts with, or went back to."""
+        row = self._evaluate(Stopwatch())
+        if self.pending is not None:
+            self._log(self.state.step, self.pending | row)
+            self.save()
+        elif row:
+            self.watch.row(0, row)
+            self._log(0, row)
+            if self._goes_back:
+                self.save()
+        self.pending = None
 
     def _pass(self) -> None:
         """One step, and what is due after it."""
@@ -88,38 +139,52 @@ class Loop:
                 version=self.state.version + 1,
                 reinforced=self.state.reinforced + bool(row["rollout/tokens"]),
             )
-        self._parts.schedule.observe(self.state.step - 1, row)
-        if self._is_due(self._config.eval.every) and self._parts.evaluator is not None:
+        if self._is_due(self._config.eval.every):
             row |= self._evaluate(watch)
-        if self._is_due(self._config.train.checkpoint_every):
+        self._memory.schedule.observe(self.state.step - 1, row)
+        self.watch.row(self.state.step, row)
+        row |= self._memory.guard.metrics
+        if self.watch.rolls_back:
+            self.pending = row | timings(watch.seconds, row)
+            return
+        is_best = self._goes_back and self.state.best_step == self.state.step
+        if is_best or self._is_due(self._config.train.checkpoint_every):
             with watch("save"):
                 self.save()
         self._log(self.state.step, row | timings(watch.seconds, row))
 
     def _step(self, watch: Stopwatch) -> Row:
-        config, parts, step = self._config, self._parts, self.state.step
-        plan = parts.schedule.plan(step)
+        config, memory, parts, step = self._config, self._memory, self._parts, self.state.step
+        plan = memory.guard.adjusted(memory.schedule.plan(step), step)
         coefficients = self._coefficients(plan)
         rollouts = self._generate(plan, watch)
         with watch("score"):
             scored = [
                 Scored(r, s) for r, s in zip(rollouts, parts.reward.score(rollouts), strict=True)
             ]
+            admitted = memory.unlabelled.admit(step, scored)
+        judged = [s.rollout for s in admitted]
         with watch("annotate"):
-            annotations = parts.learners.annotate(scored) if scored else []
-        sequences = parts.experience(scored, annotations, coefficients.policy > 0)
+            annotations = parts.learners.annotate(judged) if judged else []
+        sequences = memory.experience(admitted, annotations, coefficients.policy > 0)
         work = updates(
-            sequences, lambda: parts.stream.examples(plan), config.algorithm, config.run.seed, step
+            sequences, lambda: self._supervised(plan), config.algorithm, config.run.seed, step
         )
         with watch("update"):
             report = parts.learners.update(work, coefficients)
         parts.tracker.table(step + 1, [sample(s) for s in scored[: config.tracking.samples]])
-        row = step_row(
-            plan, coefficients, self.state.version, scored, annotations, sequences, report
-        )
+        annotated = list(zip(judged, annotations, strict=True))
+        row = step_row(plan, coefficients, self.state.version, scored, annotated, sequences, report)
         self.watch.updates(step + 1, work, coefficients, report)
-        self.watch.row(step + 1, row)
-        return row | parts.experience.metrics
+        return row | memory.experience.metrics | memory.unlabelled.metrics
+
+    def _supervised(self, plan: MixPlan) -> list[TrainSequence]:
+        """Labelled examples and pseudo-labels of one update."""
+        memory, step = self._memory, self.state.step
+        sequences = [supervised(example) for example in memory.stream.examples(plan)]
+        if plan.mu > 0 and not memory.guard.is_frozen(step):
+            sequences += memory.unlabelled.supervised(step)
+        return sequences
 
     def _coefficients(self, plan: MixPlan) -> Coefficients:
         learner, algorithm, step = self._config.learner, self._config.algorithm, self.state.step
@@ -127,10 +192,10 @@ class Loop:
         in_loss = isinstance(algorithm.kl, KlInLoss)
         return Coefficients(
             policy=plan.policy_coef if warm else 0.0,
-            value=algorithm.value_coef,
+            value=value_at(algorithm.value_coef, step),
             mu=plan.mu,
-            kl=self._parts.experience.kl_coef if in_loss else 0.0,
-            entropy=algorithm.entropy_coef,
+            kl=self._memory.experience.kl_coef if in_loss else 0.0,
+            entropy=value_at(algorithm.entropy_coef, step),
             lr=value_at(learner.lr, step),
             critic_lr=value_at(learner.critic_lr, step),
         )
@@ -143,7 +208,7 @@ class Loop:
         sampling = Sampling(
             rollout.temperature, rollout.max_new_tokens, self._config.run.seed, "train"
         )
-        prompts = self._parts.stream.prompts(plan)
+        prompts = self._memory.stream.prompts(plan)
         with watch("generate"):
             self._parts.pool.submit(
                 chunks(
@@ -161,17 +226,23 @@ class Loop:
 
     def _evaluate(self, watch: Stopwatch) -> Row:
         """Evaluates the current version and keeps the policy if it is the best so far."""
-        assert self._parts.evaluator is not None, "callers check"
+        row: Row = {}
+        if self._parts.held_out is not None:
+            row |= self._evaluated(self._parts.held_out, watch)
+            accuracy = row["eval/held_out/accuracy"]
+            if accuracy is not None and (self.state.best is None or accuracy > self.state.best):
+                self.state = replace(self.state, best=accuracy, best_step=self.state.step)
+                self._parts.learners.save(policy=self._folder / "policy-best")
+        if self._parts.test is not None and self.state.step == self._config.train.steps:
+            row |= self._evaluated(self._parts.test, watch)
+        return row
+
+    def _evaluated(self, evaluator: Evaluator, watch: Stopwatch) -> Row:
         self._load(watch)
         with watch("evaluate"):
-            row, greedy = self._parts.evaluator(self.state.version)
-        self._parts.tracker.table(
-            self.state.step, [sample(s) for s in greedy[: self._config.tracking.samples]]
-        )
-        accuracy = row["eval/held_out/accuracy"]
-        if accuracy is not None and (self.state.best is None or accuracy > self.state.best):
-            self.state = replace(self.state, best=accuracy, best_step=self.state.step)
-            self._parts.learners.save(policy=self._folder / "policy-best")
+            row, greedy = evaluator(self.state.version)
+        samples = [sample(s) for s in greedy[: self._config.tracking.samples]]
+        self._parts.tracker.table(self.state.step, samples)
         return row
 
     def _is_due(self, every: int) -> bool:
@@ -183,14 +254,11 @@ class Loop:
 
     def save(self) -> Path:
         """Writes a checkpoint of everything that later steps depend on."""
-        parts = {
-            "schedule": self._parts.schedule.state_dict(),
-            "stream": self._parts.stream.state_dict(),
-            "experience": self._parts.experience.state_dict(),
-        }
         self._saved_step = self.state.step
         return self._checkpoints.write(
-            self.state, parts, lambda folder: self._parts.learners.save(checkpoint=folder)
+            self.state,
+            self._memory.state_dict(),
+            lambda folder: self._parts.learners.save(checkpoint=folder),
         )
 
 
@@ -204,6 +272,8 @@ def sample(scored: Scored) -> dict[str, Any]:
         "response": rollout.text,
         "reward": score.value,
         "source": score.source,
+        "answer": score.ballot and score.ballot.answer,
+        "vote_share": score.ballot and score.ballot.vote.share,
         "finish": rollout.finish,
         "version": rollout.version,
     }

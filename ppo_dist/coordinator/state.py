@@ -38,7 +38,9 @@ class Checkpoints:
         self._keep = keep
 
     def write(self, state: RunState, parts: dict[str, Any], save: Callable[[Path], None]) -> Path:
-        """Writes a checkpoint aside, seals it, then removes the oldest beyond those kept."""
+        """Writes a checkpoint aside, seals it, then removes the oldest beyond those kept; never the
+        one of the best evaluation.
+        """
         folder = self._folder / f"step-{state.step:08d}"
         aside = self._folder / f".{folder.name}.writing"
         shutil.rmtree(aside, ignore_errors=True)
@@ -47,8 +49,14 @@ class Checkpoints:
         (aside / STATE).write_text(json.dumps({"run": asdict(state), "parts": parts}))
         files.seal(aside, folder)
         for old in self._all()[: -self._keep]:
-            shutil.rmtree(old)
+            if old != self.of_step(state.best_step):
+                shutil.rmtree(old)
         return folder
+
+    def of_step(self, step: int | None) -> Path | None:
+        """The checkpoint that was written after a step, if there is one."""
+        folder = self._folder / f"step-{step:08d}" if step is not None else None
+        return folder if folder is not None and folder.exists() else None
 
     def newest_whole(self) -> tuple[Path | None, list[str]]:
         """The newest checkpoint that is whole, and what is wrong with those after it."""

@@ -1,4 +1,6 @@
-"""Numerical safety: what was skipped is kept for inspection, and a run that cannot go on stops."""
+"""Safety: what was skipped is kept for inspection, the guard is asked, and a run that cannot go on
+stops.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +16,7 @@ import numpy as np
 from ppo_dist.config import Config, InputError
 from ppo_dist.protocols import Tracker
 from ppo_dist.reports import Coefficients, StepReport
+from ppo_dist.semi.guard import Guard
 from ppo_dist.tracking.metrics import Row
 from ppo_dist.types import TrainSequence
 
@@ -23,12 +26,13 @@ SKIPPED = "skipped"
 class Watch:
     """Looks at every step. `verdict` says why the run must stop, once it must."""
 
-    def __init__(self, config: Config, tracker: Tracker) -> None:
-        self._folder, self._tracker = Path(config.run.dir), tracker
+    def __init__(self, config: Config, tracker: Tracker, guard: Guard) -> None:
+        self._folder, self._tracker, self._guard = Path(config.run.dir), tracker, guard
         self._limit = config.train.max_skipped_updates
         self._gap_limit = config.rollout.max_logprob_gap
         self._in_a_row = 0
         self.verdict: str | None = None
+        self.rolls_back = False  # whether the run must go on from its best policy
 
     def updates(
         self,
@@ -54,8 +58,8 @@ class Watch:
             )
 
     def row(self, step: int, row: Row) -> None:
-        """Compares what generated with what learns."""
-        gap = row["rollout/logprob_gap"]
+        """Compares what generated with what learns, and asks the guard."""
+        gap = row.get("rollout/logprob_gap")
         if gap is not None and not gap <= self._gap_limit:
             self._tracker.alert(
                 step,
@@ -63,6 +67,11 @@ class Watch:
                 f"above rollout.max_logprob_gap ({self._gap_limit:g}) ratios are noise: the workers"
                 " may hold other weights, or compute in another number format",
             )
+        for decision in self._guard.observe(step, row):
+            self._tracker.alert(step, f"guard: {decision.action}", decision.reason)
+            self.rolls_back |= decision.action == "roll_back"
+            if decision.action == "stop":
+                self.verdict = decision.reason
 
 
 def write_update(
@@ -97,8 +106,8 @@ def read_update(path: Path) -> tuple[list[TrainSequence], Coefficients]:
 
 
 def _sequence(columns: dict[str, Any]) -> TrainSequence:
-    plain = {"uid": str(columns["uid"]), "prompt_tokens": int(columns["prompt_tokens"])}
-    return TrainSequence(**(columns | plain))
+    texts = {name: str(columns[name]) for name in ("uid", "origin", "source")}
+    return TrainSequence(**(columns | texts | {"prompt_tokens": int(columns["prompt_tokens"])}))
 
 
 def not_finite(sequence: TrainSequence) -> list[str]:

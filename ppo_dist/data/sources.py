@@ -49,7 +49,9 @@ def read(sources: Sequence[AnySource], name: str, origin: Origin, needs_answer: 
     rows = []
     for number, source in enumerate(sources):
         found = False
-        for position, (where, fields, checker) in enumerate(_fields(source)):
+        last = None if source.limit is None else source.offset + source.limit
+        taken = islice(enumerate(_fields(source)), source.offset, last)
+        for position, (where, fields, checker) in taken:
             rows.append(
                 _row(
                     f"{name}/{number}:{position}",

@@ -14,7 +14,15 @@ import numpy as np
 from ppo_dist.data.batching import count_tokens, pack, shares
 from ppo_dist.learner.worker import LearnerWorker, UpdateShard
 from ppo_dist.reports import Coefficients, StepReport, TermSums, UpdateReport
-from ppo_dist.types import Annotation, Ints, MicroBatch, Scored, TrainSequence, Weights
+from ppo_dist.types import (
+    Annotation,
+    Ints,
+    LabelledExample,
+    MicroBatch,
+    Rollout,
+    TrainSequence,
+    Weights,
+)
 
 R = TypeVar("R")
 
@@ -52,11 +60,13 @@ class Learners:
         self._budget = micro_batch_tokens
         self._shares_trunk = shares_trunk
 
-    def annotate(self, scored: Sequence[Scored]) -> list[Annotation]:
+    def annotate(
+        self, responses: Sequence[Rollout | LabelledExample], imitation: bool = False
+    ) -> list[Annotation]:
         """See LearnerGroup."""
-        rows = [_row(s) for s in scored]
+        rows = [_row(response) for response in responses]
         parts = shares(rows, self._ranks.world, self._budget)
-        work = [([[rows[i] for i in members] for members in part],) for part in parts]
+        work = [([[rows[i] for i in members] for members in part], imitation) for part in parts]
         answers = self._ranks.call(LearnerWorker.annotate, work)
         by_index: dict[int, Annotation] = {}
         for part, answer in zip(parts, answers, strict=True):
@@ -108,9 +118,9 @@ class Learners:
         return [tuple(pack([sequences[i] for i in members]) for members in part) for part in parts]
 
 
-def _row(scored: Scored) -> tuple[Ints, int]:
-    prompt = scored.rollout.prompt
-    return np.concatenate([prompt.tokens_P, scored.rollout.tokens_R]), len(prompt.tokens_P)
+def _row(response: Rollout | LabelledExample) -> tuple[Ints, int]:
+    prompt = response.prompt
+    return np.concatenate([prompt.tokens_P, response.tokens_R]), len(prompt.tokens_P)
 
 
 def _merged(of_ranks: Sequence[UpdateReport]) -> UpdateReport:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ppo_dist.algo.kl import ESTIMATORS
-from ppo_dist.algo.losses import policy_term, value_term
+from ppo_dist.algo.losses import policy_term, supervised_term, value_term
 from ppo_dist.config.algorithm import Algorithm
 from ppo_dist.models.policy import PolicyOutput
 from ppo_dist.reports import Coefficients, TermSums, TokenCounts
@@ -63,7 +63,8 @@ def policy_loss(
     live, weight_K = batch.policy_weight_K != 0, batch.policy_weight_K
     term = policy_term(out.logprobs_K, batch.logprobs_K, batch.advantages_K, algorithm.clip)
     policy_sum = _sum(term.loss, weight_K)
-    ce_sum = _sum(-out.logprobs_K, batch.ce_weight_K)
+    imitation = supervised_term(out.logprobs_K, algorithm.supervised_loss)
+    ce_sum = _sum(imitation.loss, batch.ce_weight_K)
     kl_sum = entropy_sum = policy_sum.new_zeros(())
     if coefficients.kl:
         estimate = ESTIMATORS[algorithm.kl.estimator]
@@ -83,7 +84,7 @@ def policy_loss(
         kl_k1=term.kl_k1[live].sum().item(),
         kl_loss=kl_sum.item(),
         entropy=out.entropy_K[live].sum().item(),
-        ce_loss=ce_sum.item(),
+        ce_loss=_sum(imitation.nll, batch.ce_weight_K).item(),
         ce_correct=out.is_argmax_K[batch.ce_weight_K != 0].sum().item(),
     )
     return loss, sums

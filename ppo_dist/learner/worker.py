@@ -84,12 +84,16 @@ class LearnerWorker:
 
     # ── what the group calls ──────────────────────────────────────────────────────────────────────
 
-    def annotate(self, shard: list[list[tuple[Ints, int]]]) -> list[list[Annotation]]:
-        """Annotations of (tokens_T, prompt length) pairs, micro-batch by micro-batch."""
-        if self._reference is None:
+    def annotate(
+        self, shard: list[list[tuple[Ints, int]]], imitation: bool
+    ) -> list[list[Annotation]]:
+        """Annotations of (tokens_T, prompt length) pairs, micro-batch by micro-batch; with
+        `imitation` by the policy alone, at temperature 1.
+        """
+        if self._reference is None and not imitation:
             self._start_reinforcement()
         with torch.no_grad():
-            return [self._annotate(rows) for rows in shard]
+            return [self._annotate(rows, imitation) for rows in shard]
 
     def update(self, shards: list[UpdateShard], coefficients: Coefficients) -> list[UpdateReport]:
         """One optimizer step of each model for each shard, in order. A model without live tokens
@@ -212,18 +216,20 @@ class LearnerWorker:
 
     # ── passes ────────────────────────────────────────────────────────────────────────────────────
 
-    def _annotate(self, rows: list[tuple[Ints, int]]) -> list[Annotation]:
-        assert self._reference is not None, "annotate() starts it"
+    def _annotate(self, rows: list[tuple[Ints, int]], imitation: bool) -> list[Annotation]:
         row = pack_rows(rows or [(np.zeros(2, np.int64), 1)], end=True)
         *where, targets_K = (torch.as_tensor(a).to(self._device) for a in vars(row).values())
-        temperature_K = torch.full(
-            targets_K.shape, self._config.rollout.temperature, device=self._device
-        )
+        temperature = 1.0 if imitation else self._config.rollout.temperature
+        temperature_K = torch.full(targets_K.shape, temperature, device=self._device)
         out: PolicyOutput = self._policy(*where, targets_K, temperature_K)
-        reference_K = self._reference(*where, targets_K, temperature_K).logprobs_K.cpu().numpy()
         logprobs_K, values_K = out.logprobs_K.cpu().numpy(), out.values_K.cpu().numpy()
-        if self._critic is not None:
-            values_K = self._critic(*where).cpu().numpy()
+        reference_K = np.zeros_like(logprobs_K)
+        if not imitation:
+            assert self._reference is not None, "annotate() starts it"
+            reference = self._reference(*where, targets_K, temperature_K)
+            reference_K = reference.logprobs_K.cpu().numpy()
+            if self._critic is not None:
+                values_K = self._critic(*where).cpu().numpy()
         annotations, begin = [], 0
         for tokens_T, prompt in rows:
             end = begin + len(tokens_T) - prompt

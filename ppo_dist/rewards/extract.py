@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable
 
-from ppo_dist.config.reward import Extract
+from ppo_dist.config.reward import AnyExtract, ExtractAfter, FunctionOf
+from ppo_dist.rewards.user import load_function
 
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
 
 
-def extractor(extract: Extract) -> Callable[[str], str | None]:
-    """The function that a config names."""
+def extractor(extract: AnyExtract) -> Callable[[str], str | None]:
+    """The function that a config names.
+
+    Raises:
+        InputError: it is the user's own and cannot be loaded.
+    """
+    if isinstance(extract, ExtractAfter):
+        return lambda text: after(text, extract.marker)
+    if isinstance(extract, FunctionOf):
+        return load_function(extract.path, extract.name)
     match extract.kind:
         case "text":
             return whole_text
@@ -19,8 +29,8 @@ def extractor(extract: Extract) -> Callable[[str], str | None]:
             return first_line
         case "last_number":
             return last_number
-        case "after":
-            return lambda text: after(text, extract.marker)
+        case "boxed":
+            return boxed
 
 
 def whole_text(text: str) -> str | None:
@@ -43,3 +53,31 @@ def after(text: str, marker: str) -> str | None:
     """What stands on the same line after the last occurrence of the marker."""
     _, found, rest = text.rpartition(marker)
     return rest.partition("\n")[0].strip() or None if found else None
+
+
+def boxed(text: str) -> str | None:
+    """What the last \\boxed{} holds, in math-verify's own spelling, so that \\frac12, 1/2 and 0.5
+    agree.
+    """
+    if "\\boxed" not in text:
+        return None
+    from math_verify import LatexExtractionConfig, parse
+
+    only_boxed = LatexExtractionConfig(boxed_match_priority=0)
+    last = text[text.rindex("\\boxed") :]
+    found = parse(last, [only_boxed], parsing_timeout=_patience_s())
+    return str(found[0]) if found else None
+
+
+def is_same_mathematics(text: str, answer: str) -> bool:
+    """Whether the answer in a text equals another one, by math-verify."""
+    from math_verify import parse, verify
+
+    limit = _patience_s()
+    gold, found = (parse(side, parsing_timeout=limit) for side in (answer, text))
+    return bool(verify(gold, found, timeout_seconds=limit))
+
+
+def _patience_s() -> int | None:
+    """math-verify stops a hopeless expression by a signal, which only the main thread can get."""
+    return 5 if threading.current_thread() is threading.main_thread() else None

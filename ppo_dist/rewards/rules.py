@@ -11,9 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 from ppo_dist.config.base import InputError, Origin
-from ppo_dist.config.reward import ExactReward, NumericReward, RegexReward
+from ppo_dist.config.reward import ExactReward, FunctionReward, NumericReward, RegexReward
 from ppo_dist.protocols import RewardSource
-from ppo_dist.rewards.extract import extractor
+from ppo_dist.rewards.extract import extractor, is_same_mathematics
+from ppo_dist.rewards.user import load_function
 from ppo_dist.types import Rollout, Score
 
 OnError = Literal["error", "zero"]
@@ -84,6 +85,17 @@ def numeric(rule: NumericReward) -> Judge:
     return judge
 
 
+def mathematics(rollout: Rollout) -> float:
+    """1 if the response's answer is the prompt's as mathematics, else 0."""
+    return float(is_same_mathematics(rollout.text, _answer(rollout)))
+
+
+def function(rule: FunctionReward) -> Judge:
+    """What the user's function says of prompt, response and answer."""
+    judge = load_function(rule.path, rule.name)
+    return lambda rollout: float(judge(rollout.prompt.text, rollout.text, rollout.prompt.answer))
+
+
 def regex(rule: RegexReward) -> Judge:
     """1 if the pattern is found in the response, else 0.
 
@@ -110,7 +122,9 @@ class WeightedSum:
         self._parts = parts
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
-        """See RewardSource. The source names all parts; the first part's fault stands for all."""
+        """See RewardSource. The source names all parts; the first part's fault and vote stand for
+        all.
+        """
         columns = [part.score(rollouts) for _, part in self._parts]
         return [self._sum(row) for row in zip(*columns, strict=True)]
 
@@ -119,7 +133,8 @@ class WeightedSum:
             weight * score.value for (weight, _), score in zip(self._parts, row, strict=True)
         )
         fault = next((score.fault for score in row if score.fault), None)
-        return Score(value, "+".join(score.source for score in row), fault)
+        ballot = next((score.ballot for score in row if score.ballot), None)
+        return Score(value, "+".join(score.source for score in row), fault, ballot)
 
 
 class ByOrigin:

@@ -9,6 +9,8 @@ from typing import Any
 from ppo_dist.config.algorithm import Mix
 from ppo_dist.config.base import (
     ORIGINS,
+    Adaptive,
+    AnyMixScalar,
     AnyScalar,
     Constant,
     Cosine,
@@ -53,41 +55,96 @@ def apportion(total: int, weights: Mapping[Origin, float]) -> dict[Origin, int]:
     return counts
 
 
+class Controller:
+    """The present value of an `adaptive` number."""
+
+    def __init__(self, section: Adaptive) -> None:
+        self._section = section
+        self.value = section.start
+        self._last: float | None = None
+
+    def observe(self, metrics: Mapping[str, float | None]) -> None:
+        """Sees a metrics row; only one with an evaluation matters."""
+        section = self._section
+        if section.signal == "nll":
+            badness = metrics.get("eval/held_out/nll")
+        else:
+            accuracy = metrics.get("eval/held_out/accuracy")
+            badness = None if accuracy is None else 1 - accuracy
+        if badness is None:
+            return
+        change = 0.0 if self._last is None else max(-1.0, min(1.0, badness - self._last))
+        value = self.value * math.exp(section.gain * change)
+        self.value, self._last = max(section.low, min(section.high, value)), badness
+
+    def state_dict(self) -> dict[str, float | None]:
+        """The value, and the signal that it followed last."""
+        return {"value": self.value, "last": self._last}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a saved state."""
+        self.value, self._last = state["value"], state["last"]
+
+
 class Scheduled:
-    """The mix as the config schedules it: constant, linear, cosine, piecewise, or supervised first.
-    It has no state.
-    """
+    """The mix as the config schedules it: by the step alone, but for numbers that are adaptive."""
 
     def __init__(self, mix: Mix) -> None:
         self._mix = mix
+        schedule = mix.schedule
+        mu = schedule.then if isinstance(schedule, SupervisedFirst) else schedule
+        scalars: dict[str, AnyMixScalar] = {
+            "mu": mu,
+            "labelled_batch": mix.labelled_batch,
+            **{f"shares.{origin}": dict(mix.shares)[origin] for origin in ORIGINS},
+        }
+        if mix.policy_coef != "complement":
+            scalars["policy_coef"] = mix.policy_coef
+        self._scalars = scalars
+        self._controllers = {
+            name: Controller(scalar)
+            for name, scalar in scalars.items()
+            if isinstance(scalar, Adaptive)
+        }
 
     def plan(self, step: int) -> MixPlan:
         """What step number `step` is made of; in the supervised-first phase no prompts and no
         policy loss.
         """
         mix, schedule = self._mix, self._mix.schedule
-        labelled = round(value_at(mix.labelled_batch, step))
+        labelled = round(self._value("labelled_batch", step))
         if isinstance(schedule, SupervisedFirst):
             if step < schedule.steps:
                 return MixPlan(dict.fromkeys(ORIGINS, 0), labelled, mu=schedule.mu, policy_coef=0.0)
-            mu = value_at(schedule.then, step - schedule.steps)
+            mu = self._value("mu", step - schedule.steps)
         else:
-            mu = value_at(schedule, step)
+            mu = self._value("mu", step)
         shares: dict[Origin, float] = {
-            "labelled": value_at(mix.shares.labelled, step),
-            "verifiable": value_at(mix.shares.verifiable, step),
-            "unlabelled": value_at(mix.shares.unlabelled, step),
+            origin: self._value(f"shares.{origin}", step) for origin in ORIGINS
         }
         prompts = apportion(round(value_at(mix.prompts, step)), shares)
-        policy_coef = 1.0 - mu if mix.policy_coef == "complement" else float(mix.policy_coef)
+        is_complement = mix.policy_coef == "complement"
+        policy_coef = 1.0 - mu if is_complement else self._value("policy_coef", step)
         return MixPlan(prompts, labelled if mu > 0 else 0, mu, policy_coef)
 
+    def _value(self, name: str, step: int) -> float:
+        scalar = self._scalars[name]
+        return (
+            self._controllers[name].value
+            if isinstance(scalar, Adaptive)
+            else value_at(scalar, step)
+        )
+
     def observe(self, step: int, metrics: Mapping[str, float | None]) -> None:
-        """Fixed schedules learn nothing from a step."""
+        """Adaptive numbers follow the evaluations."""
+        for controller in self._controllers.values():
+            controller.observe(metrics)
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: the step decides all."""
-        return {}
+        """Of the adaptive numbers; the step decides all others."""
+        return {name: c.state_dict() for name, c in self._controllers.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Nothing to go on from."""
+        """Goes on from a saved state."""
+        for name, controller in self._controllers.items():
+            controller.load_state_dict(state[name])

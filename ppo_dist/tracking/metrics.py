@@ -11,12 +11,13 @@ from functools import reduce
 
 import numpy as np
 
-from ppo_dist.config import ORIGINS, Config
+from ppo_dist.config import ORIGINS, Config, uses
 from ppo_dist.config.algorithm import KlInLoss
 from ppo_dist.reports import Coefficients, StepReport, TermSums
 from ppo_dist.types import Annotation, MixPlan, Rollout, Scored, TrainSequence
 
 Row = dict[str, float | None]
+EVALUATED = ("accuracy", "reward", "sampled_accuracy", "nll")
 STAGES = ("generate", "score", "annotate", "update", "publish", "evaluate", "save", "step")
 
 
@@ -38,7 +39,7 @@ class Stopwatch:
 
 def keys(config: Config) -> list[str]:
     """Every key that a row of this run has."""
-    names = [f"reward/{origin}/mean" for origin in ORIGINS if dict(config.data)[origin]]
+    names = [f"reward/{origin}/mean" for origin in ORIGINS if uses(config, origin)]
     names += ["reward/faults", "objective/kl", "objective/kl_coef", "objective/advantage_std"]
     names += [
         f"policy/{k}"
@@ -63,16 +64,40 @@ def keys(config: Config) -> list[str]:
             f"critic/{k}"
             for k in ("loss", "explained_variance", "clip_fraction", "grad_norm", "lr")
         ]
-    names.append("guard/skipped_updates")
+    names += [f"guard/{k}" for k in ("action", "gap", "skipped_updates")]
     names += [f"sup/{k}" for k in ("loss", "accuracy", "tokens")]
     names += ["semi/mu", "semi/labelled_share"]
+    names += [f"semi/policy_tokens/{origin}" for origin in ORIGINS if uses(config, origin)]
+    names += _unlabelled_keys(config)
     names += [
         f"rollout/{k}"
         for k in ("tokens", "length_mean", "truncated_rate", "logprob_gap", "version_lag")
     ]
     names += [f"timing_s/{stage}" for stage in STAGES] + ["perf/tokens_per_s"]
-    if config.data.held_out:
-        names += [f"eval/held_out/{k}" for k in ("accuracy", "reward", "sampled_accuracy")]
+    for name, sources in (("held_out", config.data.held_out), ("test", config.data.test)):
+        if sources:
+            names += [f"eval/{name}/{k}" for k in EVALUATED]
+    return names
+
+
+def _unlabelled_keys(config: Config) -> list[str]:
+    names: list[str] = []
+    if uses(config, "unlabelled"):
+        names.append("semi/admitted_share")
+        names += [
+            f"pseudo/{k}" for k in ("vote_share", "vote_margin", "vote_entropy", "abstain_rate")
+        ]
+    if config.semi.pseudo is not None:
+        names += [f"pseudo/{k}" for k in ("accept_rate", "size", "age", "weight", "tokens")]
+    if config.semi.probe:
+        names += [
+            f"pseudo/{k}"
+            for k in (
+                "label_accuracy_probe",
+                "label_accuracy_probe_all",
+                "reward_accuracy_probe",
+            )
+        ]
     return names
 
 
@@ -81,18 +106,22 @@ def step_row(
     coefficients: Coefficients,
     version: int,
     scored: Sequence[Scored],
-    annotations: Sequence[Annotation],
+    annotated: Sequence[tuple[Rollout, Annotation]],
     sequences: Sequence[TrainSequence],
     report: StepReport,
 ) -> Row:
-    """All that a step tells, timings aside."""
+    """All that a step tells, timings aside. Of everything `scored`, what was learned from is
+    `annotated`, and became `sequences`.
+    """
     return {
         **_rewards(scored),
-        **_rollouts([s.rollout for s in scored], annotations, version),
+        **_rollouts([s.rollout for s in scored], version),
+        **_agreement(annotated),
         **_updates(report, coefficients),
         "critic/explained_variance": _explained_variance(sequences),
         "objective/advantage_std": _advantage_std(sequences),
         "semi/mu": plan.mu,
+        **_provenance(sequences),
     }
 
 
@@ -106,18 +135,34 @@ def timings(seconds: Mapping[str, float], row: Row) -> Row:
     }
 
 
-def evaluation_row(greedy: Sequence[Scored], sampled: Sequence[Scored]) -> Row:
-    """Accuracy is the share of responses with a reward of at least 1."""
+def evaluation_row(
+    name: str, greedy: Sequence[Scored], sampled: Sequence[Scored], nll: float | None
+) -> Row:
+    """Accuracy is the share of responses with a reward of at least 1; `nll` that of the labelled
+    responses, per token.
+    """
+    numbers = (
+        mean([s.score.value >= 1 for s in greedy]),
+        mean([s.score.value for s in greedy]),
+        mean([s.score.value >= 1 for s in sampled]),
+        nll,
+    )
+    return {f"eval/{name}/{key}": number for key, number in zip(EVALUATED, numbers, strict=True)}
+
+
+def _provenance(sequences: Sequence[TrainSequence]) -> Row:
+    """Tokens that the policy loss is on, by origin of their prompt."""
     return {
-        "eval/held_out/accuracy": _mean([s.score.value >= 1 for s in greedy]),
-        "eval/held_out/reward": _mean([s.score.value for s in greedy]),
-        "eval/held_out/sampled_accuracy": _mean([s.score.value >= 1 for s in sampled]),
+        f"semi/policy_tokens/{origin}": float(
+            sum(np.count_nonzero(s.policy_weight_R) for s in sequences if s.origin == origin)
+        )
+        for origin in ORIGINS
     }
 
 
 def _rewards(scored: Sequence[Scored]) -> Row:
     row: Row = {
-        f"reward/{origin}/mean": _mean(
+        f"reward/{origin}/mean": mean(
             [s.score.value for s in scored if s.rollout.prompt.origin == origin]
         )
         for origin in ORIGINS
@@ -126,17 +171,21 @@ def _rewards(scored: Sequence[Scored]) -> Row:
     return row
 
 
-def _rollouts(rollouts: Sequence[Rollout], annotations: Sequence[Annotation], version: int) -> Row:
-    pairs = list(zip(rollouts, annotations, strict=True))
+def _agreement(annotated: Sequence[tuple[Rollout, Annotation]]) -> Row:
+    """How far the policy is from its reference, and the learners from what generated."""
+    gaps = [np.abs(a.logprobs_R - r.logprobs_R) for r, a in annotated]
     return {
-        "objective/kl": _mean([float((a.logprobs_R - a.reference_R).sum()) for a in annotations]),
+        "objective/kl": mean([float((a.logprobs_R - a.reference_R).sum()) for _, a in annotated]),
+        "rollout/logprob_gap": mean(np.concatenate(gaps) if gaps else []),
+    }
+
+
+def _rollouts(rollouts: Sequence[Rollout], version: int) -> Row:
+    return {
         "rollout/tokens": float(sum(len(r.tokens_R) for r in rollouts)),
-        "rollout/length_mean": _mean([len(r.tokens_R) for r in rollouts]),
-        "rollout/truncated_rate": _mean([r.finish == "length" for r in rollouts]),
-        "rollout/logprob_gap": _mean(
-            np.concatenate([np.abs(a.logprobs_R - r.logprobs_R) for r, a in pairs]) if pairs else []
-        ),
-        "rollout/version_lag": _mean([version - r.version for r in rollouts]),
+        "rollout/length_mean": mean([len(r.tokens_R) for r in rollouts]),
+        "rollout/truncated_rate": mean([r.finish == "length" for r in rollouts]),
+        "rollout/version_lag": mean([version - r.version for r in rollouts]),
     }
 
 
@@ -154,11 +203,11 @@ def _updates(report: StepReport, coefficients: Coefficients) -> Row:
         "policy/approx_kl_k1": _share(total.kl_k1, policy),
         "policy/clip_fraction": _share(total.clipped, policy),
         "policy/entropy": _share(total.entropy, policy),
-        "policy/grad_norm": _mean([u.grad_norm for u in made if u.grad_norm is not None]),
+        "policy/grad_norm": mean([u.grad_norm for u in made if u.grad_norm is not None]),
         "policy/lr": coefficients.lr,
         "critic/loss": _share(total.value_loss, value),
         "critic/clip_fraction": _share(total.value_clipped, value),
-        "critic/grad_norm": _mean(
+        "critic/grad_norm": mean(
             [u.critic_grad_norm for u in made if u.critic_grad_norm is not None]
         ),
         "critic/lr": coefficients.critic_lr,
@@ -190,5 +239,6 @@ def _share(total: float, count: int) -> float | None:
     return total / count if count else None
 
 
-def _mean(values: Sequence[float | bool] | np.ndarray) -> float | None:
+def mean(values: Sequence[float | bool] | np.ndarray) -> float | None:
+    """None of nothing."""
     return float(np.mean(values)) if len(values) else None

@@ -33,7 +33,7 @@ from ppo_dist.protocols import (
     WeightSender,
 )
 from ppo_dist.reports import Coefficients
-from ppo_dist.types import Chunk, Rollout, Scored, TrainSequence, Weights
+from ppo_dist.types import Chunk, Rollout, TrainSequence, Weights
 
 
 def check_rollout_engine(
@@ -152,14 +152,14 @@ def check_rollout_pool(pool: RolloutPool, weights: Weights, chunks: Sequence[Chu
 
 def check_learner_group(
     learners: LearnerGroup,
-    scored: Sequence[Scored],
+    responses: Sequence[Rollout],
     updates: Sequence[Sequence[TrainSequence]],
     folder: Path,
 ) -> None:
     """Annotates in order and changes nothing by it; one report an update; saves what it is told."""
-    first, second = learners.annotate(scored), learners.annotate(list(reversed(scored)))
-    for one, two, source in zip(first, reversed(second), scored, strict=True):
-        count = len(source.rollout.tokens_R)
+    first, second = learners.annotate(responses), learners.annotate(responses[::-1])
+    for one, two, source in zip(first, reversed(second), responses, strict=True):
+        count = len(source.tokens_R)
         for name in ("logprobs_R", "reference_R", "values_R"):
             values = vars(one)[name]
             assert values.shape == (count,) and all(map(math.isfinite, values.tolist()))

@@ -160,10 +160,12 @@ def test_learner_groups(tmp_path: Path, tiny_model: Path, kind: str) -> None:
     with build.learners(config, str(tiny_model), None) as real:
         learners = FakeLearners() if kind == "fake" else real
         estimator = build.advantage_estimator(config.algorithm.advantage)
-        sequences = Experience(config.algorithm, estimator)(scored, learners.annotate(scored), True)
+        sequences = Experience(config.algorithm, estimator)(
+            scored, learners.annotate([s.rollout for s in scored]), True
+        )
         example = supervised(LabelledExample(PROMPTS[0], "x", np.array([5, 1])))
         updates = [[*sequences, example], [example]]
-        suites.check_learner_group(learners, scored, updates, tmp_path / "saved")
+        suites.check_learner_group(learners, rollouts(), updates, tmp_path / "saved")
 
 
 def test_ray_pool_and_learners(
@@ -173,7 +175,6 @@ def test_ray_pool_and_learners(
     two = {"workers": 2}
     raw = raw_config(tmp_path, cluster={"kind": "ray"}, learner=two, rollout=two)
     config, folder = build.located(Config.model_validate(raw)), str(tiny_models["gpt2"])
-    scored = [Scored(r, Score(1.0, "s")) for r in rollouts()]
     example = supervised(LabelledExample(PROMPTS[0], "x", np.array([5, 1])))
     with (
         build.cluster(config),
@@ -181,4 +182,4 @@ def test_ray_pool_and_learners(
         build.rollout_pool(config, folder) as pool,
     ):
         suites.check_rollout_pool(pool, learners.publish(5), CHUNKS)
-        suites.check_learner_group(learners, scored, [[example], []], tmp_path / "saved")
+        suites.check_learner_group(learners, rollouts(), [[example], []], tmp_path / "saved")

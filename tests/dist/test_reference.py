@@ -19,7 +19,7 @@ import torch
 from ppo_dist.algo.advantages import Gae
 from ppo_dist.cluster.groups import LearnerActor
 from ppo_dist.config import Config
-from ppo_dist.coordinator.experience import Experience, updates
+from ppo_dist.coordinator.experience import Experience, supervised, updates
 from ppo_dist.learner.group import Learners
 from ppo_dist.learner.worker import Seat
 from ppo_dist.transport.store import StoreSender
@@ -176,7 +176,7 @@ def algorithm(folder: Path, case: Case, variant: str = "plain") -> Config:
 
 
 def updates_of(config: Config, sequences: Any, labelled: Any, step: int) -> Any:
-    return updates(sequences, lambda: list(labelled), config.algorithm, SEED, step)
+    return updates(sequences, lambda: list(map(supervised, labelled)), config.algorithm, SEED, step)
 
 
 @cache
@@ -289,7 +289,7 @@ def parameters_after(probes: Probes, config: Config, folder: str, mix: str) -> d
 
     )
     for step, (scored, labelled) in enumerate(work()):
-        sequences = Experience(config.algorithm, Gae())(scored, learners.annotate(scored), True)
+        sequences = Experience(config.algorithm, Gae())(scored, learners.annotate([s.rollout for s in scored]), True)
         cut = updates_of(config, sequences, _taught(mix, labelled), step)
         learners.update(cut, coefficients)
     shown = probes.call(Probe.weights, [()] * probes.world)
@@ -375,7 +375,7 @@ def test_an_update_that_is_not_finite_changes_nothing(
     def after(poisoned: bool) -> dict[str, Any]:
         group.start(config, str(tiny_models["gpt2"]))
         learners = Learners(group, 48)
-        sequences = Experience(config.algorithm, Gae())(scored, learners.annotate(scored), True)
+        sequences = Experience(config.algorithm, Gae())(scored, learners.annotate([s.rollout for s in scored]), True)
         first, second, *_ = updates_of(config, sequences, labelled, 0)
         bad = replace(
             first[0],

@@ -21,7 +21,6 @@ from ppo_dist.algo.preferences import (
 )
 from ppo_dist.algo.rewards import RunningScale, penalised_rewards
 from ppo_dist.algo.tensors import pad, whiten
-from ppo_dist.algo.votes import vote, votes_of_the_others
 from ppo_dist.config.algorithm import AdaptiveKl, Clip, FixedKl
 
 
@@ -402,35 +401,7 @@ def test_the_running_scale_of_nothing_is_one() -> None:
     assert scale.deviation == 1.0
 
 
-# ── votes and preferences ─────────────────────────────────────────────────────────────────────────
-
-
-@pytest.mark.parametrize(
-    ("answers", "label", "share", "margin"),
-    [
-        (["7", "7", "8"], "7", 2 / 3, 1 / 3),
-        (["7", "8"], None, 1 / 2, 0.0),  # a tie abstains
-        ([None, None, None, "7"], "7", 1 / 4, 1 / 4),  # what could not be read never wins
-        ([None, None], None, 0.0, 0.0),
-        (["7"] * 3, "7", 1.0, 1.0),
-        ([], None, 0.0, 0.0),
-    ],
-)
-def test_votes(answers: list[str | None], label: str | None, share: float, margin: float) -> None:
-    got = vote(answers)
-    assert got.label == label
-    assert (got.share, got.margin) == (pytest.approx(share), pytest.approx(margin))
-    assert vote(answers[::-1]).label == label
-
-
-def test_the_entropy_of_a_vote() -> None:
-    assert vote(["a", "b", None]).entropy == pytest.approx(math.log(2))
-    assert vote(["a", "a"]).entropy == 0.0
-
-
-def test_nobody_confirms_himself() -> None:
-    got = [v.label for v in votes_of_the_others(["7", "7", "8", "8", None])]
-    assert got == ["8", "8", "7", "7", None]
+# ── preferences ───────────────────────────────────────────────────────────────────────────────────
 
 
 def test_preferences_by_hand() -> None:

@@ -87,6 +87,8 @@ def sequence(prompt: list[int], response: list[int], scale: float = 1.0) -> Trai
 
     return TrainSequence(
         uid="v/0:0#0",
+        origin="verifiable",
+        source="exact",
         tokens_T=tokens(*prompt, *response),
         prompt_tokens=len(prompt),
         policy_weight_R=np.ones(count, np.float32),

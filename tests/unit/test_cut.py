@@ -106,6 +106,8 @@ def made(prompt: int, length: int, kind: str, number: int) -> TrainSequence:
     reinforced = kind != "labelled"
     return TrainSequence(
         uid=str(number),
+        origin="verifiable",
+        source="exact",
         tokens_T=tokens,
         prompt_tokens=len(tokens) - length,
         policy_weight_R=live if reinforced else zeros,

@@ -8,14 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ppo_dist import build
 from ppo_dist.algo.advantages import Gae
 from ppo_dist.config import Config
 from ppo_dist.coordinator.evaluate import Evaluator
 from ppo_dist.coordinator.experience import Experience
-from ppo_dist.coordinator.loop import Loop, Parts
-from ppo_dist.coordinator.state import Checkpoints, read_state
+from ppo_dist.coordinator.loop import Loop, Memory, Parts
+from ppo_dist.coordinator.state import Checkpoints, RunState, read_state
 from ppo_dist.coordinator.stream import Stream
+from ppo_dist.coordinator.unlabelled import Unlabelled
 from ppo_dist.coordinator.watch import read_update
+from ppo_dist.semi.guard import Guard
+from ppo_dist.semi.pseudo import PseudoBuffer
 from ppo_dist.semi.schedule import Scheduled
 from ppo_dist.types import LabelledExample, Prompt
 from tests.conftest import raw_config
@@ -39,33 +43,37 @@ class Rig:
         self.learners, self.pool, self.tracker = FakeLearners(), FakePool(), FakeTracker()
         labelled = prompts("labelled", 5)
         examples = [LabelledExample(p, "x", np.array([3, 1])) for p in labelled]
-        stream = Stream(
-            {"labelled": labelled, "verifiable": prompts("verifiable", 11), "unlabelled": []},
-            examples,
-            self.config.run.seed,
+        by_origin = {o: prompts(o, n) for o, n in (("verifiable", 11), ("unlabelled", 7))}
+        stream = Stream({"labelled": labelled, **by_origin}, examples, self.config.run.seed)
+        reward = FakeReward()
+        held_out = Evaluator(
+            self.config, "held_out", examples[:3], self.pool, reward, self.learners
         )
-        schedule = Scheduled(self.config.mix)
-        evaluator = Evaluator(self.config, prompts("labelled", 3), self.pool, FakeReward())
-        parts = Parts(
-            schedule,
+        parts = Parts(self.pool, self.learners, reward, self.tracker, held_out, None)
+        semi, by_uid = (
+            self.config.semi,
+            {p.uid: p for group in (labelled, *by_origin.values()) for p in group},
+        )
+        self.memory = Memory(
+            Scheduled(self.config.mix),
             stream,
-            self.pool,
-            self.learners,
-            FakeReward(),
             Experience(self.config.algorithm, Gae()),
-            self.tracker,
-            evaluator,
+            Unlabelled(
+                build.gate(semi.gate),
+                semi.pseudo,
+                PseudoBuffer(semi.pseudo, by_uid, 0) if semi.pseudo else None,
+                None,
+            ),
+            Guard(semi.guard, is_complement=False),
         )
+        state = RunState()
         if resume:
             newest, _ = Checkpoints(folder, keep=2).newest_whole()
             assert newest is not None
             state, saved = read_state(newest)
-            stream.load_state_dict(saved["stream"])
-            parts.experience.load_state_dict(saved["experience"])
+            self.memory.load_state_dict(saved)
             self.learners.restore(newest)
-            self.loop = Loop(self.config, parts, state)
-        else:
-            self.loop = Loop(self.config, parts)
+        self.loop = Loop(self.config, self.memory, parts, state)
 
     def numbers(self) -> list[dict[str, Any]]:
         return [
@@ -76,7 +84,7 @@ class Rig:
 def test_supervised_steps_neither_generate_nor_publish(tmp_path: Path) -> None:
     schedule = {"schedule": {"kind": "supervised_first", "steps": 2, "then": 0.1}}
     rig = Rig(tmp_path, mix=schedule, train={"steps": 3}, eval={"every": 3})
-    assert rig.loop.run()
+    assert rig.loop.run() == "done"
     # 0 for the evaluation at the start, 2 for the first mixed step, 3 for the last evaluation
     assert [e for e in rig.learners.events if e.startswith("publish")] == [
         "publish 0",
@@ -118,12 +126,13 @@ def test_every_row_has_every_key(tmp_path: Path) -> None:
 @pytest.mark.parametrize("stop_after", [1, 2, 3])
 def test_resumed_equals_uninterrupted(tmp_path: Path, stop_after: int) -> None:
     whole = Rig(tmp_path / "whole", train={"steps": 5}, eval={"every": 1})
-    assert whole.loop.run()
+    assert whole.loop.run() == "done"
     first = Rig(tmp_path / "parts", train={"steps": 5}, eval={"every": 1})
-    assert not first.loop.run(lambda: first.loop.state.step >= stop_after)
+    asked = first.loop.run(lambda: first.loop.state.step >= stop_after)
+    assert asked == "interrupted"
     second = Rig(tmp_path / "parts", resume=True, train={"steps": 5}, eval={"every": 1})
     assert second.loop.state.step == stop_after
-    assert second.loop.run()
+    assert second.loop.run() == "done"
     assert first.numbers() + second.numbers() == whole.numbers()
 
 
@@ -190,7 +199,7 @@ def test_the_critic_warms_up_in_the_first_steps_with_rollouts(tmp_path: Path) ->
 def test_skipped_updates_are_kept_and_too_many_stop_the_run(tmp_path: Path) -> None:
     rig = Rig(tmp_path, train={"steps": 9, "max_skipped_updates": 3})
     rig.learners.poisoned = {2, 4, 5, 6}  # two updates a step
-    assert not rig.loop.run()
+    assert rig.loop.run() == "stopped"
     assert rig.loop.watch.verdict == "3 updates in a row were not finite"
     assert rig.loop.state.step == 4  # update 6 is the first of step 4, whose other one was good
     kept = sorted(p.name for p in (tmp_path / "skipped").iterdir())

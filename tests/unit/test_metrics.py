@@ -41,7 +41,19 @@ def sequence(returns: list[float], values: list[float]) -> TrainSequence:
     tokens = np.ones(len(returns) + 1, np.int64)
     advantages = floats(*values)
     return TrainSequence(
-        "u", tokens, 1, one, one, one, advantages, floats(*returns), one, one, floats(*values)
+        "u",
+        "verifiable",
+        "s",
+        tokens,
+        1,
+        one,
+        one,
+        one,
+        advantages,
+        floats(*returns),
+        one,
+        one,
+        floats(*values),
     )
 
 
@@ -55,6 +67,7 @@ ANNOTATIONS = [
     Annotation(floats(-1), floats(-0.5), floats(0), 0.0),
     Annotation(floats(-1, -1, -1.5), floats(-2, -2, -2.5), floats(0, 0, 0), 0.0),
 ]
+ANNOTATED = [(s.rollout, a) for s, a in zip(ROLLOUTS, ANNOTATIONS, strict=True)]
 SUMS = TermSums(
     policy_loss=-3.0,
     clipped=1.0,
@@ -77,7 +90,7 @@ REPORT = StepReport(
 
 def test_the_row_of_a_step() -> None:
     sequences = [sequence([1, 2], [1, 1]), sequence([3, 6], [3, 4])]
-    row = step_row(PLAN, COEFFICIENTS, 4, ROLLOUTS, ANNOTATIONS, sequences, REPORT)
+    row = step_row(PLAN, COEFFICIENTS, 4, ROLLOUTS, ANNOTATED, sequences, REPORT)
     assert row == pytest.approx(
         {
             "reward/labelled/mean": 1.0,
@@ -110,6 +123,9 @@ def test_the_row_of_a_step() -> None:
             "sup/tokens": 16.0,
             "semi/labelled_share": 16 / 22,
             "semi/mu": 0.3,
+            "semi/policy_tokens/labelled": 0.0,
+            "semi/policy_tokens/verifiable": 4.0,
+            "semi/policy_tokens/unlabelled": 0.0,
             "guard/skipped_updates": 0.0,
         }
     )
@@ -143,7 +159,7 @@ def test_without_rollouts_there_is_none_and_not_nought() -> None:
 
 def test_without_labelled_examples_there_is_no_supervised_loss() -> None:
     report = StepReport((UpdateReport(TokenCounts(6, 6, 0), SUMS, 1.0, 1.0),))
-    row = step_row(PLAN, COEFFICIENTS, 4, ROLLOUTS, ANNOTATIONS, [], report)
+    row = step_row(PLAN, COEFFICIENTS, 4, ROLLOUTS, ANNOTATED, [], report)
     assert (row["sup/loss"], row["sup/accuracy"], row["sup/tokens"]) == (None, None, 0.0)
     assert row["semi/labelled_share"] == 0.0
 
@@ -217,8 +233,8 @@ def config(*origins: str, held_out: bool = False, **algorithm: str) -> Config:
 
 
 def test_keys_name_everything_that_a_run_tells() -> None:
-    told = step_row(PLAN, COEFFICIENTS, 4, ROLLOUTS, ANNOTATIONS, [], REPORT)
-    told |= timings(Stopwatch().seconds, told) | evaluation_row([], [])
+    told = step_row(PLAN, COEFFICIENTS, 4, ROLLOUTS, ANNOTATED, [], REPORT)
+    told |= timings(Stopwatch().seconds, told) | evaluation_row("held_out", [], [], None)
     told["objective/kl_coef"] = 0.1  # the loop knows it
     named = keys(config("labelled", "verifiable", "unlabelled", held_out=True))
     assert len(named) == len(set(named))
@@ -231,7 +247,7 @@ def test_keys_name_everything_that_a_run_tells() -> None:
         "reward/labelled/mean",
         "reward/unlabelled/mean",
         "policy/kl_loss",
-        *evaluation_row([], []),
+        *evaluation_row("held_out", [], [], None),
     }
     assert set(fewer) <= set(told)
     others = keys(config("verifiable", kl="loss", advantage="rloo"))
@@ -243,8 +259,8 @@ def test_a_skipped_update_is_counted_and_adds_nothing() -> None:
         TokenCounts(5, 5, 5), TermSums(policy_loss=math.nan), math.inf, critic_grad_norm=1.0
     )
     report = StepReport((*REPORT.updates, skipped))
-    row = step_row(PLAN, COEFFICIENTS, 4, ROLLOUTS, ANNOTATIONS, [], report)
-    plain = step_row(PLAN, COEFFICIENTS, 4, ROLLOUTS, ANNOTATIONS, [], REPORT)
+    row = step_row(PLAN, COEFFICIENTS, 4, ROLLOUTS, ANNOTATED, [], report)
+    plain = step_row(PLAN, COEFFICIENTS, 4, ROLLOUTS, ANNOTATED, [], REPORT)
     assert row == plain | {"guard/skipped_updates": 1.0}
 
 

@@ -10,7 +10,14 @@ import pytest
 
 from ppo_dist.config.base import InputError
 from ppo_dist.config.data import GymSource
-from ppo_dist.config.reward import ExactReward, Extract, GymReward, NumericReward, RegexReward
+from ppo_dist.config.reward import (
+    ExactReward,
+    Extract,
+    ExtractAfter,
+    GymReward,
+    NumericReward,
+    RegexReward,
+)
 from ppo_dist.data.sources import read
 from ppo_dist.rewards.extract import after, extractor, first_line, last_number, whole_text
 from ppo_dist.rewards.gym import gym
@@ -58,7 +65,7 @@ def test_extractors(
         (Extract(), "x 1\nA:3\n9"),
         (Extract(kind="first_line"), "x 1"),
         (Extract(kind="last_number"), "9"),
-        (Extract(kind="after", marker="A:"), "3"),
+        (ExtractAfter(kind="after", marker="A:"), "3"),
     ],
 )
 def test_the_extractor_that_a_config_names(extract: Extract, found: str) -> None:

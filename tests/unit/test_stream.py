@@ -195,7 +195,8 @@ def names(made: list[list[TrainSequence]]) -> list[list[str]]:
 def test_updates(groups: int, size: int, epochs: int, minibatches: int) -> None:
     sequences = reinforced(groups, size)
     algorithm = Algorithm(epochs=epochs, minibatches=minibatches)
-    made = names(updates(sequences, lambda: [example(0), example(1)], algorithm, 0, 0))
+    labelled = [supervised(example(0)), supervised(example(1))]
+    made = names(updates(sequences, lambda: labelled, algorithm, 0, 0))
     assert len(made) == epochs * minibatches
     assert all(update[-2:] == ["e0", "e1"] for update in made)
     parts = [update[:-2] for update in made]
@@ -222,7 +223,8 @@ def test_updates_follow_from_seed_and_step() -> None:
 
 def test_each_update_takes_examples_of_its_own() -> None:
     s = stream()
-    made = updates([], lambda: s.examples(SUPERVISED), Algorithm(epochs=2, minibatches=2), 0, 0)
+    take = lambda: list(map(supervised, s.examples(SUPERVISED)))  # noqa: E731
+    made = updates([], take, Algorithm(epochs=2, minibatches=2), 0, 0)
     assert [len(update) for update in made] == [3, 3, 3, 3]
     assert Counter(uid for update in names(made) for uid in update) == {
         f"e{i}": 3 for i in range(4)

@@ -1,0 +1,149 @@
+"""Combinations of values that are each fine and together are not, one sentence each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from ppo_dist.config.base import ORIGINS, Adaptive, Section, SupervisedFirst, peak
+from ppo_dist.config.data import Critic
+from ppo_dist.config.reward import FunctionReward, RegexReward, VoteReward, WeightedReward
+from ppo_dist.config.semi import AllGate
+
+if TYPE_CHECKING:
+    from ppo_dist.config import Config
+
+
+def impossible(config: Config) -> Iterator[str]:
+    """All that does not go together."""
+    yield from _workers(config)
+    yield from _mix(config)
+    yield from _unlabelled(config)
+    yield from _algorithm(config)
+    yield from _held_out(config)
+
+
+def sees_answer(reward: Section) -> bool:
+    """Whether a reward compares with an answer or asks a checker."""
+    if isinstance(reward, WeightedReward):
+        return any(sees_answer(part.reward) for part in reward.parts)
+    if isinstance(reward, FunctionReward):
+        return reward.needs_answer
+    return not isinstance(reward, (RegexReward, VoteReward))
+
+
+def votes(reward: Section | None) -> bool:
+    """Whether a reward, or a part of it, is a majority vote."""
+    if isinstance(reward, WeightedReward):
+        return any(votes(part.reward) for part in reward.parts)
+    return isinstance(reward, VoteReward)
+
+
+def uses(config: Config, origin: str) -> bool:
+    """Whether a run generates responses to prompts of an origin."""
+    return peak(config.mix.prompts) > 0 and peak(_of(config.mix.shares, origin)) > 0
+
+
+def _workers(c: Config) -> Iterator[str]:
+    if c.learner.zero_stage == 0 and c.learner.dtype == "bf16":
+        yield "learner.dtype bf16 needs learner.zero_stage 1, 2 or 3"
+    if c.learner.zero_stage == 0 and c.learner.offload != "none":
+        yield "learner.offload needs learner.zero_stage 1, 2 or 3"
+    if c.cluster.kind == "local" and (c.learner.workers > 1 or c.rollout.workers > 1):
+        yield "cluster.kind local runs one learner and one rollout worker: set both `workers` to 1"
+
+
+def _mix(c: Config) -> Iterator[str]:
+    mu, labelled = c.mix.schedule, peak(c.mix.labelled_batch)
+    mixed = mu.then if isinstance(mu, SupervisedFirst) else mu
+    mu_peak = max(mu.mu, peak(mixed)) if isinstance(mu, SupervisedFirst) else peak(mixed)
+    if c.mix.policy_coef == "complement" and peak(mixed) > 1:
+        yield "mix.policy_coef complement is 1−μ, so μ (mix.schedule) must not pass 1"
+    if labelled > 0 and not c.data.labelled:
+        yield "mix.labelled_batch is above 0, but data.labelled is empty"
+    if isinstance(mu, SupervisedFirst) and labelled == 0:
+        yield "mix.schedule supervised_first needs mix.labelled_batch above 0"
+    if peak(c.mix.prompts) == 0 and (mu_peak == 0 or labelled == 0):
+        yield (
+            "nothing to train on: mix.prompts is 0 and so is mix.labelled_batch or μ (mix.schedule)"
+        )
+    for origin in ORIGINS:
+        if uses(c, origin):
+            if not _of(c.data, origin) and not (origin == "unlabelled" and c.semi.probe):
+                yield f"mix.shares.{origin} is above 0, but data.{origin} is empty"
+            if _of(c.reward, origin) is None:
+                yield f"mix.shares.{origin} is above 0, but reward.{origin} is not given"
+    if peak(c.mix.prompts) > 0 and not any(uses(c, origin) for origin in ORIGINS):
+        yield "mix.prompts is above 0, but every one of mix.shares is 0"
+
+
+def _unlabelled(c: Config) -> Iterator[str]:
+    reward, semi = c.reward.unlabelled, c.semi
+    if reward is not None and sees_answer(reward):
+        yield (
+            "reward.unlabelled must not see an answer: only vote, regex, a function without"
+            " needs_answer, or sums of these, are allowed"
+        )
+    gated = not isinstance(semi.gate, AllGate)
+    if uses(c, "unlabelled") and gated and not votes(reward):
+        yield f"semi.gate {semi.gate.kind} judges votes: reward.unlabelled must be, or hold, vote"
+    if gated and not uses(c, "unlabelled"):
+        yield f"semi.gate {semi.gate.kind} has no effect: mix.shares.unlabelled is 0"
+    if semi.gate.kind == "trajectory" and uses(c, "unlabelled") and not uses(c, "labelled"):
+        yield "semi.gate trajectory compares with labelled prompts: mix.shares.labelled is 0"
+    if semi.pseudo is not None and not any(uses(c, origin) for origin in semi.pseudo.origins):
+        yield "semi.pseudo has nothing to take from: mix.shares of all its origins are 0"
+    if semi.probe and (c.reward.labelled is None or not uses(c, "unlabelled")):
+        yield "semi.probe needs reward.labelled, and mix.shares.unlabelled above 0"
+    for origin in ORIGINS:
+        if uses(c, origin) and votes(_of(c.reward, origin)) and c.rollout.group_size < 2:
+            yield f"reward.{origin} is a vote: rollout.group_size must be 2 or more"
+
+
+def _algorithm(c: Config) -> Iterator[str]:
+    algorithm, critic = c.algorithm, c.critic
+    if algorithm.advantage.kind in ("group_mean", "rloo") and c.rollout.group_size < 2:
+        yield (
+            f"algorithm.advantage {algorithm.advantage.kind} compares responses to one prompt: "
+            "rollout.group_size must be 2 or more"
+        )
+    if c.model.lora is not None and (c.reference.path or c.reference.reset != "never"):
+        yield (
+            "with model.lora the reference is the policy without its adapter: "
+            "set reference.reset to never, and no reference.path"
+        )
+    if critic.shared and critic.path is not None:
+        yield "critic.shared has no model of its own: critic.path must be null"
+    if critic.shared and critic.warmup:
+        yield "critic.warmup would move a shared trunk, and so the policy: set it to 0"
+    if not algorithm.has_critic and critic != Critic():
+        yield "critic.* has no effect without a critic (algorithm.advantage gae)"
+
+
+def _held_out(c: Config) -> Iterator[str]:
+    for name in ("held_out", "test"):
+        if _of(c.data, name) and c.reward.labelled is None:
+            yield f"data.{name} needs reward.labelled to be evaluated"
+    if c.data.held_out and c.eval.every:
+        return
+    missing = "data.held_out and eval.every"
+    mu, mix = c.mix.schedule, c.mix
+    mixed = mu.then if isinstance(mu, SupervisedFirst) else mu
+    scalars = [mixed, mix.labelled_batch, mix.policy_coef, *dict(mix.shares).values()]
+    if any(isinstance(scalar, Adaptive) for scalar in scalars):
+        yield f"an adaptive schedule follows the held-out set: it needs {missing}"
+    checks = {name: check for name, check in dict(c.semi.guard).items() if _acts(check)}
+    for name in ("gap", "drop"):
+        if name in checks:
+            yield f"semi.guard.{name} follows the held-out set: it needs {missing}"
+    for name, check in checks.items():
+        if check.action == "roll_back":
+            yield f"semi.guard.{name} rolls back to the best held-out accuracy: it needs {missing}"
+
+
+def _acts(check: Any) -> bool:
+    return getattr(check, "action", "warn") != "warn"
+
+
+def _of(section: Section, key: str) -> Any:
+    return dict(section)[key]
