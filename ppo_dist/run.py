@@ -16,6 +16,7 @@ from rich.console import Console
 
 from ppo_dist import build
 from ppo_dist.config import Config, InputError, Origin
+from ppo_dist.config.algorithm import Complement
 from ppo_dist.config.load import dump
 from ppo_dist.coordinator.evaluate import Evaluator
 from ppo_dist.coordinator.experience import Experience
@@ -170,7 +171,7 @@ def remembered(config: Config, encoded: Encoded) -> Memory:
             config.algorithm, build.advantage_estimator(config.algorithm.advantage)
         ),
         unlabelled=Unlabelled(build.gate(semi.gate), semi.pseudo, buffer, probe),
-        guard=Guard(semi.guard, is_complement=config.mix.policy_coef == "complement"),
+        guard=Guard(semi.guard, is_complement=isinstance(config.mix.policy_coef, Complement)),
     )
 
 

@@ -41,7 +41,9 @@ def test_no_key_is_dead() -> None:
     code = "\n".join(p.read_text() for p in outside)
     fields = {f"{s.__name__}.{name}" for s in sections(Config, set()) for name in s.model_fields}
     by_origin = {
-        f"{s}.{o}" for s in ("Data", "Reward") for o in ("labelled", "verifiable", "unlabelled")
+        f"{s}.{o}"
+        for s in ("Data", "Reward", "Shares")
+        for o in ("labelled", "verifiable", "unlabelled")
     }
     # transport.kind has one value so far: the schema itself is its reader
     known = by_origin | {f for f in fields if f.endswith(".kind")}

@@ -7,9 +7,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from ppo_dist.config.base import (
+    Adaptive,
     Constant,
+    Cosine,
+    Linear,
     MixScalar,
     MuSchedule,
+    Piecewise,
     Scalar,
     Section,
     bare_kind,
@@ -209,6 +213,20 @@ class Shares(Section):
     unlabelled: MixScalar = Constant(value=0.0)
 
 
+class Complement(Section):
+    """1−μ (CHORD, Zhang et al. 2025, arXiv:2508.11408)."""
+
+    kind: Literal["complement"]
+
+
+PolicyCoef = Annotated[
+    Annotated[
+        Constant | Linear | Cosine | Piecewise | Adaptive | Complement, Field(discriminator="kind")
+    ],
+    BeforeValidator(lambda value: bare_kind(bare_number(value))),
+]
+
+
 class Mix(Section):
     schedule: MuSchedule = Field(
         Constant(value=0.1), description="μ, the weight of the supervised loss"
@@ -220,6 +238,6 @@ class Mix(Section):
     labelled_batch: MixScalar = Field(
         Constant(value=0), description="supervised examples an update; 0 is plain PPO"
     )
-    policy_coef: Literal["complement"] | MixScalar = Field(
-        Constant(value=1.0), description="weight of the policy loss; `complement` is 1−μ (CHORD)"
+    policy_coef: PolicyCoef = Field(
+        Constant(value=1.0), description="weight of the policy loss; `complement` is 1−μ"
     )

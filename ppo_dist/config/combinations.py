@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from ppo_dist.config.algorithm import Complement
 from ppo_dist.config.base import ORIGINS, Adaptive, Section, SupervisedFirst, peak
 from ppo_dist.config.data import Critic
 from ppo_dist.config.reward import FunctionReward, RegexReward, VoteReward, WeightedReward
@@ -56,14 +57,13 @@ def _workers(c: Config) -> Iterator[str]:
 def _mix(c: Config) -> Iterator[str]:
     mu, labelled = c.mix.schedule, peak(c.mix.labelled_batch)
     mixed = mu.then if isinstance(mu, SupervisedFirst) else mu
-    mu_peak = max(mu.mu, peak(mixed)) if isinstance(mu, SupervisedFirst) else peak(mixed)
-    if c.mix.policy_coef == "complement" and peak(mixed) > 1:
+    if isinstance(c.mix.policy_coef, Complement) and peak(mixed) > 1:
         yield "mix.policy_coef complement is 1−μ, so μ (mix.schedule) must not pass 1"
     if labelled > 0 and not c.data.labelled:
         yield "mix.labelled_batch is above 0, but data.labelled is empty"
     if isinstance(mu, SupervisedFirst) and labelled == 0:
         yield "mix.schedule supervised_first needs mix.labelled_batch above 0"
-    if peak(c.mix.prompts) == 0 and (mu_peak == 0 or labelled == 0):
+    if peak(c.mix.prompts) == 0 and (_mu_peak(c) == 0 or labelled == 0):
         yield (
             "nothing to train on: mix.prompts is 0 and so is mix.labelled_batch or μ (mix.schedule)"
         )
@@ -85,6 +85,8 @@ def _unlabelled(c: Config) -> Iterator[str]:
             " needs_answer, or sums of these, are allowed"
         )
     gated = not isinstance(semi.gate, AllGate)
+    if semi.pseudo is not None and _mu_peak(c) == 0:
+        yield "semi.pseudo has no effect: μ (mix.schedule) is 0"
     if uses(c, "unlabelled") and gated and not votes(reward):
         yield f"semi.gate {semi.gate.kind} judges votes: reward.unlabelled must be, or hold, vote"
     if gated and not uses(c, "unlabelled"):
@@ -143,6 +145,11 @@ def _held_out(c: Config) -> Iterator[str]:
 
 def _acts(check: Any) -> bool:
     return getattr(check, "action", "warn") != "warn"
+
+
+def _mu_peak(c: Config) -> float:
+    mu = c.mix.schedule
+    return max(mu.mu, peak(mu.then)) if isinstance(mu, SupervisedFirst) else peak(mu)
 
 
 def _of(section: Section, key: str) -> Any:

@@ -93,7 +93,12 @@ def mathematics(rollout: Rollout) -> float:
 def function(rule: FunctionReward) -> Judge:
     """What the user's function says of prompt, response and answer."""
     judge = load_function(rule.path, rule.name)
-    return lambda rollout: float(judge(rollout.prompt.text, rollout.text, rollout.prompt.answer))
+
+    def judged(rollout: Rollout) -> float:
+        answer = _answer(rollout) if rule.needs_answer else rollout.prompt.answer
+        return float(judge(rollout.prompt.text, rollout.text, answer))
+
+    return judged
 
 
 def regex(rule: RegexReward) -> Judge:

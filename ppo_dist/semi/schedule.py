@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from ppo_dist.config.algorithm import Mix
+from ppo_dist.config.algorithm import Complement, Mix
 from ppo_dist.config.base import (
     ORIGINS,
     Adaptive,
@@ -98,7 +98,7 @@ class Scheduled:
             "labelled_batch": mix.labelled_batch,
             **{f"shares.{origin}": dict(mix.shares)[origin] for origin in ORIGINS},
         }
-        if mix.policy_coef != "complement":
+        if not isinstance(mix.policy_coef, Complement):
             scalars["policy_coef"] = mix.policy_coef
         self._scalars = scalars
         self._controllers = {
@@ -123,7 +123,7 @@ class Scheduled:
             origin: self._value(f"shares.{origin}", step) for origin in ORIGINS
         }
         prompts = apportion(round(value_at(mix.prompts, step)), shares)
-        is_complement = mix.policy_coef == "complement"
+        is_complement = isinstance(mix.policy_coef, Complement)
         policy_coef = 1.0 - mu if is_complement else self._value("policy_coef", step)
         return MixPlan(prompts, labelled if mu > 0 else 0, mu, policy_coef)
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ppo_dist.config import Config, InputError, impossible, sees_answer
+from ppo_dist.config import Config, InputError, sees_answer
 from ppo_dist.config.algorithm import Clip, KlInReward
 from ppo_dist.config.base import Constant, Linear
+from ppo_dist.config.combinations import impossible
 from ppo_dist.config.load import dump, load
 
 MINIMAL = {
@@ -123,7 +124,7 @@ def test_defaults_of_a_minimal_config(read) -> None:
         (TWICE, "mix.prompts: the first steps must begin at 0 and rise"),
         (
             {"reward": {"verifiable": {"kind": "exact", "extract": "after"}}},
-            "reward.verifiable.extract: `marker` goes with kind `after`",
+            "reward.verifiable.extract.marker: required",
         ),
     ],
 )
@@ -305,7 +306,7 @@ def test_possible_combinations_near_the_impossible_ones(read) -> None:
         merged(LABELS, {"mix": {"prompts": 0}}),
         merged(UNLABELLED, {"reward": {"unlabelled": {"kind": "regex", "pattern": "a"}}}),
     ):
-        assert impossible(read(change)) == []
+        assert list(impossible(read(change))) == []
 
 
 def test_sees_answer_looks_inside_weighted_sums(read) -> None:

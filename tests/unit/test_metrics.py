@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 from rich.console import Console
 
-from ppo_dist.config import Config
+from ppo_dist.config import ORIGINS, Config
 from ppo_dist.reports import Coefficients, StepReport, TermSums, TokenCounts, UpdateReport
 from ppo_dist.tracking.console import Several, Terminal, describe
 from ppo_dist.tracking.metrics import STAGES, Stopwatch, evaluation_row, keys, step_row, timings
@@ -142,6 +143,7 @@ def test_without_rollouts_there_is_none_and_not_nought() -> None:
     counted = {k for k, value in row.items() if value is not None}
     assert counted == {
         "guard/skipped_updates",
+        *(f"semi/policy_tokens/{origin}" for origin in ORIGINS),
         "rollout/tokens",
         "policy/grad_norm",
         "policy/lr",
@@ -184,13 +186,14 @@ def test_explained_variance(
 
 def test_evaluation() -> None:
     greedy = [scored("labelled", r, 1) for r in (1.0, 0.5, 1.5, 0.0)]
-    row = evaluation_row(greedy, [scored("labelled", 1.0, 1)])
+    row = evaluation_row("test", greedy, [scored("labelled", 1.0, 1)], nll=0.25)
     assert row == {
-        "eval/held_out/accuracy": 0.5,
-        "eval/held_out/reward": 0.75,
-        "eval/held_out/sampled_accuracy": 1.0,
+        "eval/test/accuracy": 0.5,
+        "eval/test/reward": 0.75,
+        "eval/test/sampled_accuracy": 1.0,
+        "eval/test/nll": 0.25,
     }
-    assert evaluation_row(greedy, [])["eval/held_out/sampled_accuracy"] is None
+    assert evaluation_row("test", greedy, [], None)["eval/test/sampled_accuracy"] is None
 
 
 def test_timings() -> None:
@@ -215,7 +218,7 @@ def test_the_stopwatch_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
     assert watch.seconds == {**dict.fromkeys(STAGES, 0.0), "update": 1.75, "save": 7.0}
 
 
-def config(*origins: str, held_out: bool = False, **algorithm: str) -> Config:
+def config(*origins: str, held_out: bool = False, semi: Any = None, **algorithm: str) -> Config:
     return Config.model_validate(
         {
             "run": {"dir": "x"},
@@ -225,7 +228,9 @@ def config(*origins: str, held_out: bool = False, **algorithm: str) -> Config:
                 **dict.fromkeys(origins, "f.jsonl"),
                 **({"held_out": "h.jsonl"} if held_out else {}),
             },
-            "reward": {"verifiable": "exact", "labelled": "exact"},
+            "reward": {"verifiable": "exact", "labelled": "exact", "unlabelled": "vote"},
+            "mix": {"shares": {"verifiable": 0, **dict.fromkeys(origins, 1)}},
+            "semi": semi or {},
             "algorithm": algorithm,
             "rollout": {"group_size": 2},
         }
@@ -235,23 +240,31 @@ def config(*origins: str, held_out: bool = False, **algorithm: str) -> Config:
 def test_keys_name_everything_that_a_run_tells() -> None:
     told = step_row(PLAN, COEFFICIENTS, 4, ROLLOUTS, ANNOTATED, [], REPORT)
     told |= timings(Stopwatch().seconds, told) | evaluation_row("held_out", [], [], None)
-    told["objective/kl_coef"] = 0.1  # the loop knows it
+    told["objective/kl_coef"] = 0.1  # the loop knows it, and what the guard says
+    told |= {"guard/gap": None, "guard/action": 0.0}
     named = keys(config("labelled", "verifiable", "unlabelled", held_out=True))
+    votes = {f"pseudo/{k}" for k in ("vote_share", "vote_margin", "vote_entropy", "abstain_rate")}
     assert len(named) == len(set(named))
-    assert set(named) == set(told) - {"policy/kl_loss"}
+    assert set(named) == set(told) - {"policy/kl_loss"} | votes | {"semi/admitted_share"}
     # a supervised step has the very same keys
     assert set(supervised_row()) <= {*named, "policy/kl_loss"}
     # and what a run has no data for, it does not name
     fewer = keys(config("verifiable"))
     assert set(told) - set(fewer) == {
-        "reward/labelled/mean",
-        "reward/unlabelled/mean",
+        *(f"reward/{origin}/mean" for origin in ("labelled", "unlabelled")),
+        *(f"semi/policy_tokens/{origin}" for origin in ("labelled", "unlabelled")),
         "policy/kl_loss",
         *evaluation_row("held_out", [], [], None),
     }
     assert set(fewer) <= set(told)
     others = keys(config("verifiable", kl="loss", advantage="rloo"))
     assert set(others) ^ set(fewer) == {"policy/kl_loss", *(k for k in told if "critic/" in k)}
+    more = keys(config("labelled", "unlabelled", semi={"probe": 0.5, "pseudo": {"batch": 1}}))
+    less = keys(config("labelled", "unlabelled"))
+    assert {k.split("/")[1] for k in set(more) - set(less)} == {
+        *("accept_rate", "size", "age", "weight", "tokens"),
+        *("label_accuracy_probe", "label_accuracy_probe_all", "reward_accuracy_probe"),
+    }
 
 
 def test_a_skipped_update_is_counted_and_adds_nothing() -> None:
