@@ -247,7 +247,7 @@ def cluster(config: Config) -> Iterator[None]:
         return
     from ppo_dist.cluster.session import demand, session
 
-    with session(config):
+    with session(config.cluster):
         demand(config)
         yield
 

@@ -1,4 +1,4 @@
-"""The command line: `ppo-dist train | eval | export | replay | fetch`."""
+"""The command line: `ppo-dist train | eval | label-efficiency | export | replay | fetch`."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command. Returns 0 done, 2 bad config or input, 3 stopped since updates were not
-    finite, 130 interrupted after a clean checkpoint.
+    """Runs one command. Returns 0 done, 1 cells of a study failed, 2 bad config or input, 3 stopped
+    since updates were not finite or by the guard, 130 interrupted after a clean checkpoint.
     """
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
@@ -76,6 +76,11 @@ def _add_beside_training(commands: Commands) -> None:
     command.add_argument(
         "--policy", metavar="FOLDER", help="model folder (default: the run's own policy)"
     )
+
+    what = "compare methods at several numbers of labels: a table and a figure"
+    example = "ppo-dist label-efficiency configs/study/study.yaml seeds=[0]"
+    command = _add(commands, "label-efficiency", _label_efficiency, what, example)
+    _config_arguments(command)
 
     what = "turn a checkpoint into a Hugging Face folder"
     example = "ppo-dist export runs/quickstart/checkpoints/step-00000100 out/"
@@ -145,6 +150,17 @@ def _eval(arguments: argparse.Namespace) -> int:
 
     evaluate(config, arguments.policy, Console())
     return 0
+
+
+def _label_efficiency(arguments: argparse.Namespace) -> int:
+    from ppo_dist.config.load import load_study
+
+    study = load_study(arguments.config, arguments.overrides)
+    from rich.console import Console
+
+    from ppo_dist.study.efficiency import label_efficiency
+
+    return label_efficiency(study, arguments.config, Console())
 
 
 def _export(arguments: argparse.Namespace) -> int:

@@ -14,6 +14,7 @@ from ray.exceptions import GetTimeoutError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from ppo_dist.config import Config, InputError
+from ppo_dist.config.workers import Cluster
 from ppo_dist.device import DeviceKind
 
 Bundle = dict[str, float]
@@ -33,15 +34,18 @@ class Places:
 
 
 @contextlib.contextmanager
-def session(config: Config) -> Iterator[None]:
+def session(cluster: Cluster) -> Iterator[None]:
     """A Ray connection. A Ray that is already connected in this process is used as it is and left
     running.
+
+    Raises:
+        InputError: the cluster at `cluster.address` cannot be joined.
     """
     if ray.is_initialized():
         yield
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
-    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    address = cluster.address or os.environ.get("RAY_ADDRESS")
     if address:
         try:
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
@@ -52,7 +56,7 @@ def session(config: Config) -> Iterator[None]:
     else:
         ray.init(
             address="local",
-            num_cpus=config.cluster.cpus,
+            num_cpus=cluster.cpus,
             include_dashboard=False,
             log_to_driver=False,
             logging_level="ERROR",

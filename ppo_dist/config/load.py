@@ -9,7 +9,7 @@ import os
 import typing
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
@@ -17,24 +17,45 @@ from pydantic_core import ErrorDetails
 
 from ppo_dist.config import Config
 from ppo_dist.config.base import InputError, Section
+from ppo_dist.config.study import Study
+
+S = TypeVar("S", bound=Section)
 
 
 def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
     """The validated config of a YAML file.
 
-    Relative paths inside it are as they stand, from the working directory.
+    Its key `base` names another file, relative to it, from which it differs. Relative paths of data
+    and models are as they stand, from the working directory.
 
     Raises:
         InputError: the file is missing or not YAML, or a key or value is wrong; names both.
     """
-    raw = _read_yaml(Path(path))
+    raw = read(Path(path))
     for override in overrides:
         _override(raw, override)
+    return validated(Config, raw, path)
+
+
+def load_study(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Study:
+    """The validated study of a YAML file. Raises as `load` does."""
+    raw = read(Path(path))
+    for override in overrides:
+        _override(raw, override)
+    return validated(Study, raw, path)
+
+
+def validated(schema: type[S], raw: dict[str, Any], name: str | os.PathLike[str]) -> S:
+    """The config that a mapping describes.
+
+    Raises:
+        InputError: a key or value is wrong; names both, and `name`.
+    """
     try:
-        return Config.model_validate(raw)
+        return schema.model_validate(raw)
     except ValidationError as error:
-        lines = [_explain(detail) for detail in error.errors()]
-        raise InputError(f"{path}: " + "; ".join(dict.fromkeys(lines))) from None
+        lines = [_explain(detail, schema) for detail in error.errors()]
+        raise InputError(f"{name}: " + "; ".join(dict.fromkeys(lines))) from None
 
 
 def dump(config: Config) -> str:
@@ -42,6 +63,38 @@ def dump(config: Config) -> str:
     config.
     """
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The mapping of a YAML file, on top of that of its `base`.
+
+    Raises:
+        InputError: a file is missing or not YAML, or bases go round in a circle.
+    """
+    if path.resolve() in below:
+        raise InputError(f"{path}: is its own base")
+    raw = _read_yaml(path)
+    base = raw.pop("base", None)
+    if base is None:
+        return raw
+    if not isinstance(base, str):
+        raise InputError(f"{path}: base must be the path of another config")
+    return merged(read(path.parent / base, (*below, path.resolve())), raw)
+
+
+def merged(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the keys of `top`, section by section; a part of another kind replaces the whole
+    section.
+    """
+    made = dict(base)
+    for key, value in top.items():
+        below = base.get(key)
+        made[key] = value
+        if isinstance(below, dict) and isinstance(value, dict):
+            kind = below.get("kind")
+            if value.get("kind", kind) == kind:
+                made[key] = merged(below, value)
+    return made
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -79,9 +132,9 @@ def _override(raw: dict[str, Any], override: str) -> None:
     node[parts[-1]] = value
 
 
-def _explain(detail: ErrorDetails) -> str:
+def _explain(detail: ErrorDetails, schema: type[Section]) -> str:
     """One clear line for one fault that pydantic found."""
-    path, section = _walk(detail["loc"])
+    path, section = _walk(detail["loc"], schema)
     key = ".".join(path) or "config"
     match detail["type"]:
         case "extra_forbidden":
@@ -109,14 +162,16 @@ def _explain(detail: ErrorDetails) -> str:
             return f"{key}: {message} (got {detail['input']!r})"
 
 
-def _walk(loc: Iterable[int | str]) -> tuple[list[str], type[Section] | None]:
+def _walk(
+    loc: Iterable[int | str], schema: type[Section]
+) -> tuple[list[str], type[Section] | None]:
     """The keys of a fault as the user wrote them, and the section that holds the last one.
 
     pydantic puts the kind of a part into the path as if it were a key; those are left out.
     """
     path: list[str] = []
-    section: type[Section] | None = Config
-    candidates: list[type[Section]] = [Config]
+    section: type[Section] | None = schema
+    candidates: list[type[Section]] = [schema]
     for part in loc:
         tagged = [c for c in candidates if part in _kinds(c)]
         if len(candidates) > 1 and tagged:

@@ -6,11 +6,13 @@ import os
 import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import wandb
 
 from ppo_dist.config import Config
+from ppo_dist.config.study import Study
+from ppo_dist.config.workers import WandbMode
 
 ID_FILE = "wandb_id.txt"
 
@@ -21,9 +23,6 @@ class Wandb:
     """
 
     def __init__(self, config: Config, folder: Path, resume: bool) -> None:
-        mode = config.tracking.wandb
-        if mode == "auto":
-            mode = "online" if has_key() else "offline"
         # a resumed run goes on under its own id
         kept = folder / ID_FILE
         run_id = kept.read_text().strip() if resume and kept.exists() else secrets.token_hex(4)
@@ -34,7 +33,7 @@ class Wandb:
             id=run_id,
             resume="allow",
             dir=str(folder),
-            mode="online" if mode == "online" else "offline",
+            mode=_mode(config.tracking.wandb),
             config=config.model_dump(mode="json"),
             settings=wandb.Settings(silent=True),
         )
@@ -67,6 +66,28 @@ class Wandb:
     def close(self) -> None:
         """See Tracker."""
         self._run.finish()
+
+
+def log_study(study: Study, folder: Path, rows: Sequence[Mapping[str, Any]], image: Path) -> None:
+    """One W&B run with a study's table and figure."""
+    run = wandb.init(
+        project=study.project,
+        name=folder.name,
+        job_type="label-efficiency",
+        dir=str(folder),
+        mode=_mode(study.wandb),
+        config=study.model_dump(mode="json"),
+        settings=wandb.Settings(silent=True),
+    )
+    table = wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
+    run.log({"study/results": table, "study/accuracy": wandb.Image(str(image))})
+    run.finish()
+
+
+def _mode(asked: WandbMode) -> Literal["online", "offline"]:
+    if asked == "auto":
+        return "online" if has_key() else "offline"
+    return "online" if asked == "online" else "offline"
 
 
 def has_key() -> bool:
