@@ -91,12 +91,12 @@ Scalar = Annotated[AnyScalar, BeforeValidator(bare_number)]
 
 
 class Adaptive(Section):
-    """A proportional controller on the held-out set: from `start` up as the policy gets worse
-    there, down as it gets better, always within `low` and `high`.
+    """A bounded proportional controller on the held-out set.
 
-    At each evaluation the number is multiplied by exp(gain · change), where the change is that of
-    the signal since the evaluation before: of the labelled responses' mean negative log-likelihood
-    a token (`nll`), or of 1 − greedy accuracy (`accuracy`); at most ±1.
+    Let x be the labelled responses' mean negative log-likelihood a token (`nll`), or 1 − greedy
+    accuracy (`accuracy`), now, at best so far, and at first. The number is
+    max(low, start · exp(−gain·(x_first − x_best))) · exp(gain·(x − x_best)), at most `high`: it
+    falls as the policy gets better than it ever was, and is raised while it is worse.
     """
 
     kind: Literal["adaptive"]

@@ -21,6 +21,8 @@ from ppo_dist.config.base import (
 )
 from ppo_dist.types import MixPlan
 
+LARGEST = 50.0  # an exponent beyond which every bound is reached
+
 
 def value_at(scalar: AnyScalar, step: int) -> float:
     """The value of a scheduled number at a step, counted from 0."""
@@ -56,34 +58,36 @@ def apportion(total: int, weights: Mapping[Origin, float]) -> dict[Origin, int]:
 
 
 class Controller:
-    """The present value of an `adaptive` number."""
+    """The present value of an `adaptive` number: see config.base.Adaptive for the rule."""
 
     def __init__(self, section: Adaptive) -> None:
         self._section = section
         self.value = section.start
-        self._last: float | None = None
+        self._first: float | None = None
+        self._best = math.inf
 
     def observe(self, metrics: Mapping[str, float | None]) -> None:
         """Sees a metrics row; only one with an evaluation matters."""
         section = self._section
-        if section.signal == "nll":
-            badness = metrics.get("eval/held_out/nll")
-        else:
-            accuracy = metrics.get("eval/held_out/accuracy")
-            badness = None if accuracy is None else 1 - accuracy
-        if badness is None:
+        now = metrics.get(f"eval/held_out/{section.signal}")
+        if now is None:
             return
-        change = 0.0 if self._last is None else max(-1.0, min(1.0, badness - self._last))
-        value = self.value * math.exp(section.gain * change)
-        self.value, self._last = max(section.low, min(section.high, value)), badness
+        badness = now if section.signal == "nll" else 1 - now
+        self._first = badness if self._first is None else self._first
+        self._best = min(badness, self._best)
+        gained, lost = self._first - self._best, badness - self._best
+        base = max(section.low, section.start * math.exp(-section.gain * gained))
+        self.value = min(section.high, base * math.exp(min(section.gain * lost, LARGEST)))
 
     def state_dict(self) -> dict[str, float | None]:
-        """The value, and the signal that it followed last."""
-        return {"value": self.value, "last": self._last}
+        """The value, and the first and the best evaluation."""
+        best = self._best if self._first is not None else None
+        return {"value": self.value, "first": self._first, "best": best}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from a saved state."""
-        self.value, self._last = state["value"], state["last"]
+        self.value, self._first = state["value"], state["first"]
+        self._best = math.inf if state["best"] is None else state["best"]
 
 
 class Scheduled:

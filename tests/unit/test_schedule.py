@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional as F
 
 from ppo_dist.config.algorithm import Mix
 from ppo_dist.config.base import (
@@ -154,3 +161,109 @@ def test_peak_is_the_largest_value() -> None:
     assert peak(Cosine(kind="cosine", peak=1, floor=2, steps=2)) == 2
     assert peak(Piecewise(kind="piecewise", values=[(0, 1), (3, 7), (9, 2)])) == 7
     assert SupervisedFirst(kind="supervised_first", steps=1).then == Constant(value=0.1)
+
+
+# ── adaptive ──────────────────────────────────────────────────────────────────────────────────────
+
+ADAPTIVE = {"kind": "adaptive", "start": 1.0, "low": 0.1, "high": 4.0, "gain": 6.0}
+
+
+def adaptive(**changes: Any) -> Scheduled:
+    return Scheduled(Mix.model_validate({"schedule": {**ADAPTIVE, **changes}}))
+
+
+def follow(schedule: Scheduled, key: str, readings: Sequence[float | None]) -> list[float]:
+    mus = []
+    for step, reading in enumerate(readings):
+        schedule.observe(step, {f"eval/held_out/{key}": reading})
+        mus.append(schedule.plan(step + 1).mu)
+    return mus
+
+
+def test_adaptive_falls_with_the_best_and_rises_while_worse() -> None:
+    mus = follow(adaptive(), "nll", [2.0, None, 1.9, 0.5, 0.7, 3.0, 0.5])
+    e = math.exp
+    assert mus == pytest.approx([1.0, 1.0, e(-0.6), 0.1, 0.1 * e(1.2), 4.0, 0.1])
+    by_accuracy = follow(adaptive(signal="accuracy"), "accuracy", [0.5, 0.6, 0.5, 0.0])
+    assert by_accuracy == pytest.approx([1.0, e(-0.6), 1.0, 4.0])
+    assert follow(adaptive(), "accuracy", [0.1, 0.9]) == [1.0, 1.0], "not its signal"
+    assert follow(adaptive(), "nll", [0.5, 1e9]) == [1.0, 4.0], "nothing overflows"
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.floats(0, 50)), st.floats(0.1, 20))
+def test_adaptive_keeps_its_bounds(readings: list[float], gain: float) -> None:
+    assert all(0.1 <= mu <= 4.0 for mu in follow(adaptive(gain=gain), "nll", readings))
+
+
+def test_adaptive_goes_on_from_a_checkpoint() -> None:
+    readings = [2.0, 1.5, 1.9, 0.9, 1.0]
+    expected = follow(adaptive(), "nll", readings)
+    for stop in range(len(readings)):
+        first, second = adaptive(), adaptive()
+        before = follow(first, "nll", readings[:stop])
+        second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+        assert before + follow(second, "nll", readings[stop:]) == expected
+
+
+def test_any_number_of_the_mix_may_be_adaptive() -> None:
+    mix = {
+        "schedule": {"kind": "supervised_first", "steps": 2, "then": ADAPTIVE},
+        "prompts": 100,
+        "shares": {"labelled": {**ADAPTIVE, "start": 0.5}, "verifiable": 0.5},
+        "labelled_batch": {**ADAPTIVE, "start": 8, "low": 2, "high": 20},
+        "policy_coef": ADAPTIVE,
+    }
+    schedule = Scheduled(Mix.model_validate(mix))
+    assert schedule.plan(0) == MixPlan(NONE, 8, 1.0, 0.0)
+    plan = schedule.plan(2)
+    assert (plan.prompts["labelled"], plan.labelled, plan.mu) == (50, 8, 1.0)
+    follow(schedule, "nll", [0.5, 9.0])
+    plan = schedule.plan(3)
+    assert (plan.prompts["labelled"], plan.labelled, plan.mu, plan.policy_coef) == (89, 20, 4, 4)
+
+
+def recovery(schedule: Any, seed: int) -> tuple[int, float]:
+    """Steps until a policy is at four fifths of its accuracy again after the right answers change,
+    and the mean μ.
+
+    The policy (a linear softmax) imitates labels, and is rewarded on unlabelled prompts for what it
+    thinks likeliest, as votes do: that holds it where it is.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    labelled, held_out, unlabelled = (torch.randn(400, 16, generator=draw) for _ in range(3))
+    worlds = [torch.randn(8, 16, generator=draw) for _ in range(2)]
+    policy = torch.zeros(8, 16, requires_grad=True)
+    scheduled, accuracies, mus = Scheduled(Mix.model_validate({"schedule": schedule})), [], []
+    for step in range(160):
+        world = worlds[step >= 80]
+        plan = scheduled.plan(step)
+        votes = (unlabelled @ policy.T).softmax(-1).max(-1).values
+        nll = F.cross_entropy(labelled @ policy.T, (labelled @ world.T).argmax(-1))
+        (plan.mu * nll - plan.policy_coef * votes.mean()).backward()
+        with torch.no_grad():
+            policy -= 0.5 * policy.grad
+            policy.grad.zero_()
+            right = (held_out @ policy.T).argmax(-1) == (held_out @ world.T).argmax(-1)
+        accuracies.append(float(right.float().mean()))
+        mus.append(plan.mu)
+        scheduled.observe(step, {"eval/held_out/accuracy": accuracies[-1]})
+    recovered = [a >= 0.8 * accuracies[79] for a in accuracies[80:]]
+    return recovered.index(True) if any(recovered) else 1000, sum(mus) / len(mus)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_adaptive_recovers_from_a_shift_faster_than_fixed_schedules(seed: int) -> None:
+    steps, mean = recovery({**ADAPTIVE, "signal": "accuracy"}, seed)
+    assert steps < 20
+    fixed = (
+        0.1,
+        0.5,
+        1.25,  # more supervision than the adaptive one uses on average
+        {"kind": "linear", "start": 1, "end": 0.1, "steps": 80},
+        {"kind": "cosine", "peak": 1, "floor": 0.1, "warmup": 5, "steps": 80},
+        {"kind": "supervised_first", "steps": 20, "then": 0.3},
+    )
+    assert mean < 1.25
+    for schedule in fixed:
+        assert 1.5 * steps < recovery(schedule, seed)[0]
