@@ -22,6 +22,7 @@ from ppo_dist.config.base import ORIGINS
 from ppo_dist.data.batching import count_tokens
 from ppo_dist.protocols import (
     AdvantageEstimator,
+    Gate,
     LearnerGroup,
     MixSchedule,
     NamedTensors,
@@ -33,7 +34,7 @@ from ppo_dist.protocols import (
     WeightSender,
 )
 from ppo_dist.reports import Coefficients
-from ppo_dist.types import Chunk, Rollout, TrainSequence, Weights
+from ppo_dist.types import Chunk, Rollout, Scored, TrainSequence, Weights
 
 
 def check_rollout_engine(
@@ -202,3 +203,22 @@ def check_transport(sender: WeightSender, receivers: Sequence[WeightReceiver]) -
             assert list(found) == list(expected)
             for name, tensor in expected.items():
                 assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+
+
+def check_gate(gate: Gate, again: Gate, steps: Sequence[Sequence[Scored]]) -> None:
+    """Admits unlabelled prompts of the step alone, and decides as before after a checkpoint."""
+    decisions = []
+    for number, scored in enumerate(steps):
+        decisions.append(gate.admit(scored))
+        unlabelled = {
+            s.rollout.prompt.uid for s in scored if s.rollout.prompt.origin == "unlabelled"
+        }
+        assert decisions[-1] <= unlabelled
+        state = json.loads(json.dumps(gate.state_dict()))
+        if number == len(steps) // 2:
+            saved = state
+    again.load_state_dict(saved)
+    assert [again.admit(scored) for scored in steps[len(steps) // 2 + 1 :]] == decisions[
+        len(steps) // 2 + 1 :
+    ]
+    assert gate.admit([]) == set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,13 @@ from transformers import AutoTokenizer
 from ppo_dist import build
 from ppo_dist.config import Config
 from ppo_dist.config.algorithm import Algorithm
+from ppo_dist.config.reward import VoteReward
+from ppo_dist.config.semi import Semi
 from ppo_dist.coordinator.experience import Experience, supervised
 from ppo_dist.data.chunks import chunks
 from ppo_dist.models.policy import load_policy
 from ppo_dist.protocols import Tracker
+from ppo_dist.rewards.vote import MajorityVote
 from ppo_dist.rollout.hf import HfEngine
 from ppo_dist.semi.schedule import Scheduled
 from ppo_dist.tracking.console import Several, Terminal
@@ -55,6 +59,11 @@ def test_hf_engine(tiny_model: Path) -> None:
     suites.check_rollout_engine(engine, weights.items(), CHUNKS)
 
 
+def twelve(prompt: str, response: str, answer: str | None) -> float:
+    """A reward function of a user's own."""
+    return float("12" in response and answer == "12" and prompt == "21>")
+
+
 def rollouts() -> list[Rollout]:
     checker = Checker(
         "spell_backward", {}, {"question": "q", "answer": "12", "metadata": {"word": "21"}}
@@ -72,6 +81,8 @@ def rollouts() -> list[Rollout]:
         "exact",
         "numeric",
         "reasoning_gym",
+        "math",
+        {"kind": "function", "path": __file__, "name": "twelve"},
         {"kind": "regex", "pattern": "^1"},
         {"kind": "weighted", "parts": [{"weight": 0.5, "reward": "exact"}]},
     ],
@@ -82,6 +93,30 @@ def test_rewards(tmp_path: Path, reward: object) -> None:
     source = build.reward_source(config)
     suites.check_reward_source(source, rollouts())
     assert source.score(rollouts())[0].value > 0
+
+
+@pytest.mark.parametrize(
+    "gate",
+    [
+        "all",
+        {"kind": "confidence", "share": 0.6},
+        {"kind": "trajectory", "window": 1, "warmup": 2, "top": 0.5},
+    ],
+    ids=str,
+)
+def test_gates(gate: object) -> None:
+    section = Semi.model_validate({"gate": gate}).gate
+    vote = MajorityVote(VoteReward(kind="vote"), "error")
+    steps = []
+    for step in range(8):
+        drawn = np.random.default_rng(step)
+        made = [
+            replace(r, prompt=Prompt(f"{origin}{i}", origin, "", np.array([3])), text=text)
+            for i, origin in enumerate(["labelled", "unlabelled", "unlabelled"])
+            for r, text in zip(rollouts(), drawn.choice(["7", "8", "9"], 7), strict=True)
+        ]
+        steps.append([Scored(r, s) for r, s in zip(made, vote.score(made), strict=True)])
+    suites.check_gate(build.gate(section), build.gate(section), steps)
 
 
 def test_fake_reward() -> None:
@@ -95,11 +130,13 @@ def test_fake_reward() -> None:
         {"kind": "linear", "start": 1, "end": 0, "steps": 5},
         {"kind": "cosine", "peak": 1, "floor": 0.1, "warmup": 3, "steps": 6},
         {"kind": "supervised_first", "steps": 8, "then": 0.5},
+        {"kind": "adaptive", "start": 0.5, "low": 0.1, "high": 1},
     ],
     ids=str,
 )  # fmt: skip
 def test_schedules(tmp_path: Path, schedule: object) -> None:
-    config = Config.model_validate(raw_config(tmp_path, mix={"schedule": schedule}))
+    raw = raw_config(tmp_path, mix={"schedule": schedule}, eval={"every": 1})
+    config = Config.model_validate(raw)
     suites.check_mix_schedule(Scheduled(config.mix), Scheduled(config.mix))
 
 
