@@ -32,6 +32,11 @@ def parity(text: str) -> str:
     return "even" if len(text) % 2 == 0 else "odd"
 
 
+def is_even(prompt: str, response: str, answer: str) -> float:
+    """A checker that an untrained model satisfies now and then."""
+    return float(parity(response) == "even" and bool(answer))
+
+
 def semi(folder: Path, steps: int = 7, **sections: Any) -> dict[str, Any]:
     """Votes, a trajectory gate in its warm-up for four steps, pseudo-labels, an adaptive μ."""
     words = raw_config(folder)["data"]["labelled"]
@@ -39,12 +44,13 @@ def semi(folder: Path, steps: int = 7, **sections: Any) -> dict[str, Any]:
     defaults: dict[str, Any] = {
         "train": {"steps": steps},
         "eval": {"every": 1},
-        "data": {"verifiable": [], "unlabelled": {**words, "size": 30, "seed": 5}},
+        "data": {"verifiable": [], "unlabelled": {**words, "size": 2, "seed": 5}},
         "reward": {
             "unlabelled": {
                 "kind": "vote",
                 "extract": {"kind": "function", "path": __file__, "name": "parity"},
             },
+            "labelled": {"kind": "function", "path": __file__, "name": "is_even"},
             "verifiable": None,
         },
         "mix": {
@@ -54,7 +60,7 @@ def semi(folder: Path, steps: int = 7, **sections: Any) -> dict[str, Any]:
         },
         "rollout": {"group_size": 3},
         "semi": {
-            "gate": {"kind": "trajectory", "window": 2, "warmup": 2, "top": 0.5},
+            "gate": {"kind": "trajectory", "window": 2, "warmup": 2, "threshold": 0.0},
             "pseudo": {"batch": 2, "capacity": 3, "max_age": 2, "min_reward": 0.5,
                        "origins": ["labelled", "unlabelled"]},
             "probe": 0.25,
