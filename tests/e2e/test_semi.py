@@ -217,3 +217,51 @@ def test_a_held_out_question_among_those_learned_is_refused(tmp_path: Path) -> N
     with pytest.raises(InputError, match=r"1 prompts of data.held_out are also in data.unlabelled"):
         run(raw)
     assert not (tmp_path / "run").exists()
+
+
+def collapsing(folder: Path, guard: dict[str, Any]) -> list[dict[str, Any]]:
+    """A small model that knows some words, then is rewarded by the majority of 8 alone."""
+    words = raw_config(folder)["data"]["labelled"]
+    first = {"kind": "supervised_first", "steps": 12, "then": 0.0}
+    raw = raw_config(
+        folder,
+        train={"steps": 32},
+        model={"scratch": {"layers": 2, "hidden": 96, "heads": 4, "context": 16}},
+        data={
+            "labelled": {**words, "size": 200},
+            "verifiable": [],
+            "unlabelled": {**words, "size": 400, "seed": 2},
+            "held_out": {**words, "size": 200, "seed": 3, "split": "held_out"},
+        },
+        reward={"unlabelled": "vote", "verifiable": None},
+        mix={
+            "schedule": first,
+            "prompts": 48,
+            "shares": {"unlabelled": 1, "verifiable": 0},
+            "labelled_batch": 64,
+        },
+        semi={"guard": guard},
+        algorithm={"minibatches": 4, "kl": 0.0, "advantage": "group_mean"},
+        rollout={"group_size": 8, "chunk": 512},
+        learner={
+            "micro_batch_tokens": 4096,
+            "optimizer": "adamw",
+            "lr": {"kind": "piecewise", "values": [[0, 2e-3], [12, 1e-3]]},
+            "max_grad_norm": 1.0,
+        },
+        eval={"every": 4, "samples": 0},
+    )
+    assert run(raw) == 0
+    return numbers(folder)
+
+
+def test_votes_alone_collapse_and_the_guard_keeps_the_best(tmp_path: Path) -> None:
+    told = collapsing(tmp_path / "alone", {"gap": None, "drop": None})
+    accuracies = [a for row in told if (a := row["eval/held_out/accuracy"]) is not None]
+    assert max(accuracies) > 0.6 and accuracies[-1] < max(accuracies) - 0.1
+    assert told[-1]["reward/unlabelled/mean"] > 0.8, "while its own reward rises"
+    drop = {"limit": 0.04, "action": "roll_back"}
+    told = collapsing(tmp_path / "guarded", {"gap": None, "drop": drop})
+    accuracies = [a for row in told if (a := row["eval/held_out/accuracy"]) is not None]
+    assert accuracies[-1] >= max(accuracies) - 0.02
+    assert any(event["event"] == "rolled_back" for event in events(tmp_path / "guarded"))
