@@ -145,8 +145,10 @@ class ReferenceTrainer:
             worse = torch.maximum((values - q.returns) ** 2, (near - q.returns) ** 2)
             (s.value_coef * 0.5 * worse.sum() / n_policy).backward()
         for q in labelled:
-            nll = -self._logprobs(self.policy, q, 1.0).sum()
-            (s.mu * nll / n_ce).backward()
+            logprobs = self._logprobs(self.policy, q, 1.0)
+            p = logprobs.detach().exp()
+            weights = p * (1 - p) if self.variant == "phi" else torch.ones_like(p)
+            (s.mu * -(weights * logprobs).sum() / n_ce).backward()
         policy, trunk = list(self.policy.parameters()), list(self.trunk.parameters())
         if self.variant == "shared":
             self._descend(policy, s.lr, 0.0)

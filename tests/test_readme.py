@@ -8,7 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ppo_dist.config.load import load
+import yaml
+
+from ppo_dist.config.load import load, merged
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -34,11 +36,15 @@ def test_the_tree_names_every_module_and_no_other() -> None:
 
 
 def test_its_config_loads(tmp_path: Path) -> None:
-    (block,) = re.findall(r"```yaml\n(.*?)```", README, flags=re.S)
+    """The second one shows sections to put into the first."""
+    whole, unlabelled = map(yaml.safe_load, re.findall(r"```yaml\n(.*?)```", README, flags=re.S))
     path = tmp_path / "mine.yaml"
-    path.write_text(block)
+    path.write_text(yaml.safe_dump(whole))
     config = load(path)
     assert config.learner.workers == 4 and config.mix.prompts.value == 64
+    path.write_text(yaml.safe_dump(merged(whole, unlabelled)))
+    config = load(path)
+    assert config.semi.gate.share == 0.6 and config.semi.guard.drop.action == "roll_back"
 
 
 def test_files_it_names_exist() -> None:
@@ -49,7 +55,7 @@ def test_files_it_names_exist() -> None:
 
 
 def test_every_command_it_shows_has_help_with_an_example() -> None:
-    for name in sorted(set(re.findall(r"^ppo-dist (\w+)", README, flags=re.M))):
+    for name in sorted(set(re.findall(r"^ppo-dist ([\w-]+)", README, flags=re.M))):
         result = subprocess.run(
             [sys.executable, "-m", "ppo_dist", name, "--help"], capture_output=True, text=True
         )

@@ -90,6 +90,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "reference": {"reset": "never"},
     },
     "shared": {"critic": {"shared": True}},
+    "phi": {},
 }
 
 
@@ -168,6 +169,7 @@ def algorithm(folder: Path, case: Case, variant: str = "plain") -> Config:
                 "kl": {"kind": "loss", "coef": wanted.kl_loss_coef}
                 if wanted.kl_loss_coef
                 else wanted.kl_coef,
+                "supervised_loss": "phi" if variant == "phi" else "nll",
             },
             cluster={"kind": "ray"},
             **VARIANTS[variant],
@@ -324,7 +326,10 @@ def check(
 
 @pytest.mark.parametrize(
     ("variant", "stage", "world"),
-    [(v, stage, 1 + (stage + k) % 2) for k, v in enumerate(("lora", "shared")) for stage in range(4)],
+    [
+        *((v, s, 1 + (s + k) % 2) for k, v in enumerate(("lora", "shared")) for s in range(4)),
+        ("phi", 1, 2),
+    ],
 )
 def test_variants_agree_with_the_reference(
     variant: str,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from ppo_dist.algo.advantages import Gae, GroupMean, ReinforcePlusPlus, Rloo
 from ppo_dist.algo.kl import ESTIMATORS, MAX_LOG_RATIO, KlController, k1, k2, k3
-from ppo_dist.algo.losses import policy_term, value_term
+from ppo_dist.algo.losses import policy_term, supervised_term, value_term
 from ppo_dist.algo.preferences import (
     last_token_scores,
     preference_accuracy,
@@ -402,6 +402,16 @@ def test_the_running_scale_of_nothing_is_one() -> None:
 
 
 # ── preferences ───────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("p", [0.01, 0.5, 0.99])
+def test_phi_weighs_by_p_times_one_minus_p_without_a_gradient_of_its_own(p: float) -> None:
+    logprobs = torch.tensor([math.log(p)], dtype=torch.float64, requires_grad=True)
+    plain, phi = supervised_term(logprobs, "nll"), supervised_term(logprobs, "phi")
+    assert plain.loss.tolist() == plain.nll.tolist() == phi.nll.tolist() == [-math.log(p)]
+    assert phi.loss.item() == pytest.approx(-p * (1 - p) * math.log(p))
+    (gradient,) = torch.autograd.grad(phi.loss.sum(), logprobs)
+    assert gradient.item() == pytest.approx(-p * (1 - p))
 
 
 def test_preferences_by_hand() -> None:
