@@ -11,12 +11,25 @@ from typing import Any
 import pytest
 
 from ppo_dist.config import Config, Section
-from ppo_dist.config.load import dump, load
+from ppo_dist.config.load import dump, load, load_study
+from ppo_dist.study.cells import cells
 
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
+STUDY = ROOT / "configs" / "study" / "study.yaml"
+CONFIGS = [path for path in sorted((ROOT / "configs").rglob("*.yaml")) if path != STUDY]
+
+
+def test_the_study_has_cells() -> None:
+    """All make as many updates, and every unlabelled prompt comes often enough."""
+    made = cells(load_study(STUDY), STUDY)
+    assert len({cell.path for cell in made}) == len(made)
+    assert all(cell.visits >= 6 for cell in made if cell.config["data"]["unlabelled"])
+    assert len({cell.config["train"]["steps"] for cell in made}) == 1, "equal updates"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
 def test_shipped_configs_load(path: Path, tmp_path: Path) -> None:
     config = load(path)
     (tmp_path / "again.yaml").write_text(dump(config))

@@ -83,16 +83,16 @@ def read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def merged(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
-    """`base` with the keys of `top`, section by section; a part of another kind replaces the whole
-    section.
+    """`base` with the keys of `top`, section by section; a part of another kind, or with the
+    questions of another task, replaces the whole section.
     """
     made = dict(base)
     for key, value in top.items():
         below = base.get(key)
         made[key] = value
         if isinstance(below, dict) and isinstance(value, dict):
-            kind = below.get("kind")
-            if value.get("kind", kind) == kind:
+            names = ("kind", "task")
+            if all(value.get(name, below.get(name)) == below.get(name) for name in names):
                 made[key] = merged(below, value)
     return made
 

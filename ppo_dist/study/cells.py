@@ -1,4 +1,8 @@
-"""The cells of a label-efficiency study: what each runs, and what is kept of it."""
+"""The cells of a label-efficiency study: what each runs, and what is kept of it.
+
+Another seed means other random numbers and, where questions are generated, another pool of them;
+held-out and test questions stay the same.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +24,8 @@ from ppo_dist.config.study import Study
 from ppo_dist.run import SUMMARY
 from ppo_dist.semi.schedule import Scheduled
 from ppo_dist.tracking.local import read_rows
+
+POOLS = 1000  # between the seeds of the question pools of two seeds of the study
 
 
 @dataclass(frozen=True)
@@ -82,12 +88,19 @@ def cells(study: Study, file: Path) -> list[Cell]:
     """
     bases = {name: read(file.parent / method.config) for name, method in study.methods.items()}
     return [
-        _cell(study, task, name, merged(bases[name], changes), percent, seed)
+        _cell(study, task, name, _on_task(bases[name], changes), percent, seed)
         for task, changes in study.tasks.items()
         for seed in study.seeds
         for name, method in study.methods.items()
         for percent in method.labels
     ]
+
+
+def _on_task(method: dict[str, Any], task: dict[str, Any]) -> dict[str, Any]:
+    """A method's config on a task; data that the method does without stay away."""
+    raw = merged(method, task)
+    without = {name: None for name, source in method.get("data", {}).items() if source is None}
+    return merged(raw, {"data": without})
 
 
 def _cell(
@@ -96,11 +109,14 @@ def _cell(
     labels = round(study.pool * percent / 100)
     budget: dict[str, Any] = {"run": {"seed": seed}, "data": {}}
     data = raw.get("data", {})
-    if isinstance(data.get("labelled"), dict):
-        budget["data"]["labelled"] = {"limit": labels}
-    if isinstance(data.get("unlabelled"), dict):
-        rest = {"offset": labels, "limit": study.pool - labels}
-        budget["data"]["unlabelled"] = rest if labels < study.pool else None
+    for name, part in (
+        ("labelled", {"limit": labels}),
+        ("unlabelled", {"offset": labels, "limit": study.pool - labels}),
+    ):
+        source = data.get(name)
+        if isinstance(source, dict):
+            questions = {"seed": source.get("seed", 0) + POOLS * seed} if "task" in source else {}
+            budget["data"][name] = {**part, **questions} if part["limit"] else None
     config = merged(raw, budget)
     name = f"{task}, {method} with {percent:g} % of the labels"
     checked = validated(Config, merged(config, {"run": {"dir": "cell"}}), name)
