@@ -28,7 +28,7 @@ def dry_run(config: Config, console: Console) -> None:
     """
     from transformers import AutoTokenizer
 
-    from ppo_dist.run import encode
+    from ppo_dist.journey import encode
 
     rows = build.check(config)
     with tempfile.TemporaryDirectory() as scratch:
@@ -85,7 +85,7 @@ def evaluate(config: Config, policy: str | None, console: Console) -> None:
         InputError: there is no held-out set or no policy.
     """
     from ppo_dist.coordinator.evaluate import Evaluator
-    from ppo_dist.run import encode
+    from ppo_dist.journey import encode
 
     if not config.data.held_out and not config.data.test:
         raise InputError("data.held_out and data.test are empty: there is nothing to evaluate on")

@@ -6,8 +6,7 @@ import contextlib
 import json
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +14,14 @@ import yaml
 from rich.console import Console
 
 from ppo_dist import build
-from ppo_dist.config import Config, InputError, Origin
-from ppo_dist.config.algorithm import Complement
+from ppo_dist.config import Config, InputError
 from ppo_dist.config.load import dump
-from ppo_dist.coordinator.evaluate import Evaluator
-from ppo_dist.coordinator.experience import Experience
-from ppo_dist.coordinator.loop import Loop, Memory, Outcome, Parts
+from ppo_dist.coordinator.loop import Loop, Outcome
 from ppo_dist.coordinator.state import Checkpoints, RunState, read_state
-from ppo_dist.coordinator.stream import Stream
-from ppo_dist.coordinator.unlabelled import Probe, Unlabelled
-from ppo_dist.data.encode import Encoder
+from ppo_dist.journey import Journey, encode, remembered
 from ppo_dist.protocols import Tracker
-from ppo_dist.semi.guard import Guard
-from ppo_dist.semi.pseudo import PseudoBuffer
-from ppo_dist.semi.schedule import Scheduled
 from ppo_dist.tracking.console import Several, Terminal, summary
 from ppo_dist.tracking.local import JsonLines, read_rows, record_event
-from ppo_dist.tracking.metrics import Row
-from ppo_dist.types import LabelledExample, Prompt
 
 SUMMARY = "summary.json"
 # a run can be resumed with other values of every key but these
@@ -46,24 +35,6 @@ FIXED = (
     "learner.optimizer",
     "algorithm.advantage.kind",
 )
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """The data of a run as tokens.
-
-    `probe` has the prompts, with answers, that stand without them among the unlabelled.
-
-    Example: Encoded(prompts={"verifiable": [Prompt(…)]}, examples=[LabelledExample(…)],
-    held_out=[LabelledExample(…)], test=[], probe={}, counts={})
-    """
-
-    prompts: dict[Origin, list[Prompt]]
-    examples: list[LabelledExample]
-    held_out: list[LabelledExample]
-    test: list[LabelledExample]
-    probe: dict[str, Prompt]
-    counts: dict[str, int] = field(default_factory=dict)
 
 
 def train(config: Config, resume: bool | Path, console: Console) -> int:
@@ -101,112 +72,6 @@ def train(config: Config, resume: bool | Path, console: Console) -> int:
     finally:
         tracker.close()
     return _ended(folder, outcome, loop, console)
-
-
-@dataclass(frozen=True)
-class Journey:
-    """A run's loop on its workers, and after a roll back on new ones."""
-
-    config: Config
-    model_path: str
-    encoded: Encoded
-    memory: Memory
-    tracker: Tracker
-
-    def run(
-        self, checkpoint: Path | None, state: RunState, interrupted: Callable[[], bool]
-    ) -> tuple[Outcome, Loop]:
-        """To the last step or a stop, starting with the learners of a checkpoint."""
-        pending: Row | None = None
-        while True:
-            outcome, loop = self._once(checkpoint, state, pending, interrupted)
-            if outcome != "roll_back":
-                return outcome, loop
-            checkpoint, state, pending = self._back(loop.state), loop.state, loop.pending
-
-    def _once(
-        self,
-        checkpoint: Path | None,
-        state: RunState,
-        pending: Row | None,
-        interrupted: Callable[[], bool],
-    ) -> tuple[Outcome, Loop]:
-        config, encoded = self.config, self.encoded
-        with (
-            build.learners(config, self.model_path, checkpoint) as learners,
-            build.rollout_pool(config, self.model_path) as pool,
-        ):
-            reward = build.reward_source(config)
-            evaluators = [
-                Evaluator(config, name, examples, pool, reward, learners) if examples else None
-                for name, examples in (("held_out", encoded.held_out), ("test", encoded.test))
-            ]
-            parts = Parts(pool, learners, reward, self.tracker, *evaluators)
-            loop = Loop(config, self.memory, parts, state, pending)
-            return loop.run(interrupted), loop
-
-    def _back(self, state: RunState) -> Path:
-        """The best evaluation's checkpoint; what was learned since is forgotten, while time and
-        data go on.
-        """
-        folder = Path(self.config.run.dir)
-        checkpoint = Checkpoints(folder, 1).of_step(state.best_step)
-        assert checkpoint is not None, "the loop saves it where the guard may go back"
-        self.memory.load_state_dict(read_state(checkpoint)[1], ["experience", "unlabelled"])
-        self.memory.guard.rolled_back(state.step)
-        record_event(folder, "rolled_back", step=state.step, to_step=state.best_step)
-        return checkpoint
-
-
-def remembered(config: Config, encoded: Encoded) -> Memory:
-    """The coordinator's memory at the beginning of a run."""
-    prompts, semi, seed = encoded.prompts, config.semi, config.run.seed
-    by_uid = {p.uid: p for group in prompts.values() for p in group}
-    probe = Probe(encoded.probe, build.reward_source(config)) if encoded.probe else None
-    buffer = PseudoBuffer(semi.pseudo, by_uid, seed) if semi.pseudo is not None else None
-    return Memory(
-        schedule=Scheduled(config.mix),
-        stream=Stream(prompts, encoded.examples, seed),
-        experience=Experience(
-            config.algorithm, build.advantage_estimator(config.algorithm.advantage)
-        ),
-        unlabelled=Unlabelled(build.gate(semi.gate), semi.pseudo, buffer, probe),
-        guard=Guard(semi.guard, is_complement=isinstance(config.mix.policy_coef, Complement)),
-    )
-
-
-def encode(config: Config, rows: build.Rows, model_path: str) -> Encoded:
-    """Tokens of all data.
-
-    Raises:
-        InputError: nothing is left of a data set, or a prompt is too long where that is an error.
-    """
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(
-        model_path, trust_remote_code=config.model.trust_remote_code
-    )
-    encoder = Encoder(tokenizer, config.data)
-    prompts = {origin: encoder.prompts(group, origin) for origin, group in rows.prompts.items()}
-    encoded = Encoded(
-        prompts,
-        encoder.examples(rows.prompts["labelled"]),
-        encoder.examples(rows.held_out),
-        encoder.examples(rows.test),
-        {p.uid: p for p in encoder.prompts(rows.probe, "labelled")},
-        encoder.counts,
-    )
-    for name, before, after in (
-        *((o, rows.prompts[o], prompts[o]) for o in prompts),
-        ("held_out", rows.held_out, encoded.held_out),
-        ("test", rows.test, encoded.test),
-    ):
-        if before and not after:
-            raise InputError(
-                f"data.{name}: no prompt has at most {config.data.max_prompt_tokens} tokens "
-                "(data.max_prompt_tokens)"
-            )
-    return encoded
 
 
 def _ended(folder: Path, outcome: Outcome, loop: Loop, console: Console) -> int:

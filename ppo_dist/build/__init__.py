@@ -1,0 +1,23 @@
+"""The composition root: a config becomes parts. The only place that chooses by `kind`.
+
+`check` reads and judges everything that can be wrong without loading a model; the others start the
+rest.
+"""
+
+from ppo_dist.build.data import Rows, check, check_model, located, model_folder
+from ppo_dist.build.parts import advantage_estimator, gate, reward_source
+from ppo_dist.build.workers import cluster, learners, rollout_pool
+
+__all__ = [
+    "Rows",
+    "advantage_estimator",
+    "check",
+    "check_model",
+    "cluster",
+    "gate",
+    "learners",
+    "located",
+    "model_folder",
+    "reward_source",
+    "rollout_pool",
+]

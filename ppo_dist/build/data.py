@@ -1,0 +1,131 @@
+"""Data and model of a run, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ppo_dist.build.parts import reward_source
+from ppo_dist.config import ORIGINS, Config, InputError, Origin, sees_answer
+from ppo_dist.config.reward import AnyReward
+from ppo_dist.data.partition import parted, refuse_overlap, without_answer
+from ppo_dist.data.sources import Row, read
+
+
+@dataclass(frozen=True)
+class Rows:
+    """All data of a run as rows, already checked.
+
+    Example: Rows(prompts={"labelled": [...], "verifiable": [...]}, held_out=[...], test=[...],
+    probe=[])
+    """
+
+    prompts: Mapping[Origin, Sequence[Row]]
+    held_out: Sequence[Row]
+    test: Sequence[Row]
+    probe: Sequence[Row]
+
+
+def check(config: Config) -> Rows:
+    """Reads all data and looks at the model folder, without loading a model.
+
+    Raises:
+        InputError: something is missing or wrong; names file, row or key.
+    """
+    for path in (config.model.path, config.reference.path, config.critic.path):
+        if path is not None:
+            check_model(path)
+    reward_source(config)  # says what is wrong with a pattern
+    rewards = dict(config.reward)
+    prompts: dict[Origin, Sequence[Row]] = {
+        origin: read(dict(config.data)[origin], origin, origin, _compares(rewards[origin]))
+        for origin in ORIGINS
+    }
+    compares = _compares(config.reward.labelled)
+    held_out = read(config.data.held_out, "held_out", "labelled", compares)
+    test = read(config.data.test, "test", "labelled", compares)
+    for name, rows in (("held_out", held_out), ("test", test)):
+        for origin in ORIGINS:
+            refuse_overlap(name, rows, origin, prompts[origin])
+    prompts["labelled"], probe = parted(prompts["labelled"], config.semi.probe, config.run.seed)
+    prompts["unlabelled"] = [*prompts["unlabelled"], *map(without_answer, probe)]
+    return Rows(prompts, held_out, test, probe)
+
+
+def _compares(reward: AnyReward | None) -> bool:
+    return reward is not None and sees_answer(reward)
+
+
+def check_model(path: str) -> None:
+    """Whether a path is a Hugging Face folder with safetensors, or could be a hub name.
+
+    Raises:
+        InputError: it is neither.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        for what, pattern in (
+            ("config.json", "config.json"),
+            ("safetensors weights", "*.safetensors"),
+            ("tokenizer", "tokenizer*"),
+        ):
+            if not any(folder.glob(pattern)):
+                raise InputError(f"{path}: is not a model folder: it has no {what}")
+    elif folder.exists() or path.count("/") > 1 or path.startswith((".", "/", "~")):
+        raise InputError(f"{path}: no such model folder")
+    elif not _on_hub(path):
+        raise InputError(
+            f"{path}: no such model folder, and no model of that name could be had from the hub"
+        )
+
+
+def _on_hub(name: str) -> bool:
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return True
+        if os.environ.get("HF_HUB_OFFLINE") in ("1", "true", "TRUE", "ON", "YES"):
+            return False
+        return HfApi().model_info(name, timeout=5) is not None
+    except HFValidationError:
+        return False
+    except Exception:  # no network, no such model, no access: each means that it cannot be had
+        return False
+
+
+def located(config: Config) -> Config:
+    """The same config with absolute folders: workers may run in another working directory."""
+    moved = {"run": config.run.model_copy(update={"dir": str(Path(config.run.dir).resolve())})}
+    for name in ("model", "reference", "critic"):
+        section = dict(config)[name]
+        if section.path is not None and Path(section.path).is_dir():
+            path = str(Path(section.path).resolve())
+            moved[name] = section.model_copy(update={"path": path})
+    return config.model_copy(update=moved)
+
+
+def model_folder(config: Config, rows: Rows) -> str:
+    """The initial policy's path; a model from scratch is made in the run folder, once."""
+    if config.model.path is not None:
+        return config.model.path
+    from ppo_dist.files import replace
+    from ppo_dist.models.scratch import make_model
+
+    assert config.model.scratch is not None, "the schema demands one of the two"
+    folder = Path(config.run.dir) / "model"
+    if not folder.exists():
+        every = [*[row for group in rows.prompts.values() for row in group], *rows.held_out]
+        texts = [
+            text
+            for row in every
+            for text in (row.prompt, row.response, row.answer)
+            if isinstance(text, str)
+        ]
+        aside = folder.with_name(".model.writing")
+        make_model(aside, config.model.scratch, texts, config.run.seed)
+        replace(aside, folder)
+    return str(folder)

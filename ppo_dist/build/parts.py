@@ -1,0 +1,98 @@
+"""Rewards, gates and advantage estimators: the parts without workers or models."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from ppo_dist.config import ORIGINS, Config
+from ppo_dist.config.algorithm import AnyAdvantage, Gae, GroupMean, ReinforcePlusPlus, Rloo
+from ppo_dist.config.reward import (
+    AnyReward,
+    ExactReward,
+    FunctionReward,
+    GymReward,
+    MathReward,
+    NumericReward,
+    RegexReward,
+    VoteReward,
+    WeightedReward,
+)
+from ppo_dist.config.semi import AllGate, AnyGate, ConfidenceGate, TrajectoryGate
+from ppo_dist.protocols import AdvantageEstimator, Gate, RewardSource
+
+
+def reward_source(config: Config) -> RewardSource:
+    """The reward of every origin that has one."""
+    from ppo_dist.rewards.rules import ByOrigin
+
+    sections = dict(config.reward)
+    return ByOrigin(
+        {
+            o: _reward(sections[o], config.reward.on_error)
+            for o in ORIGINS
+            if sections[o] is not None
+        }
+    )
+
+
+def _reward(section: AnyReward, on_error: Literal["error", "zero"]) -> RewardSource:
+    from ppo_dist.rewards.gym import gym
+    from ppo_dist.rewards.rules import (
+        Judged,
+        WeightedSum,
+        exact,
+        function,
+        mathematics,
+        numeric,
+        regex,
+    )
+    from ppo_dist.rewards.vote import MajorityVote
+
+    match section:
+        case ExactReward():
+            judge = exact(section)
+        case NumericReward():
+            judge = numeric(section)
+        case MathReward():
+            judge = mathematics
+        case RegexReward():
+            judge = regex(section)
+        case FunctionReward():
+            judge = function(section)
+        case VoteReward():
+            return MajorityVote(section, on_error)
+        case GymReward():
+            judge = gym(section)
+        case WeightedReward():
+            return WeightedSum(
+                [(part.weight, _reward(part.reward, on_error)) for part in section.parts]
+            )
+    return Judged(judge, section.kind, on_error)
+
+
+def gate(section: AnyGate) -> Gate:
+    """The gate that a config names."""
+    from ppo_dist.semi import gate as gates
+
+    match section:
+        case AllGate():
+            return gates.All()
+        case ConfidenceGate():
+            return gates.Confidence(section)
+        case TrajectoryGate():
+            return gates.Trajectory(section)
+
+
+def advantage_estimator(section: AnyAdvantage) -> AdvantageEstimator:
+    """The advantage estimator that a config names."""
+    from ppo_dist.algo import advantages
+
+    match section:
+        case Gae():
+            return advantages.Gae(section.gamma, section.lam)
+        case GroupMean():
+            return advantages.GroupMean(section.std)
+        case Rloo():
+            return advantages.Rloo()
+        case ReinforcePlusPlus():
+            return advantages.ReinforcePlusPlus(section.gamma)
