@@ -60,7 +60,7 @@ class Unlabelled:
 
     def admit(self, step: int, scored: Sequence[Scored]) -> list[Scored]:
         """The responses that anything is learned from: all to labelled and verifiable prompts, and
-        those to admitted unlabelled prompts that could be judged.
+        those to admitted unlabelled prompts; but none that the others' votes could not judge.
         """
         self.metrics = {}
         if not scored:
@@ -71,8 +71,8 @@ class Unlabelled:
         kept = [
             s
             for s in scored
-            if s.rollout.prompt.origin != "unlabelled"
-            or (s.rollout.prompt.uid in admitted and _is_judged(s))
+            if _is_judged(s)
+            and (s.rollout.prompt.origin != "unlabelled" or s.rollout.prompt.uid in admitted)
         ]
         self.metrics = _votes(groups) | {
             "semi/admitted_share": len(admitted) / len(groups) if groups else None
