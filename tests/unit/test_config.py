@@ -268,6 +268,12 @@ def test_wandb_off_needs_no_quotes(tmp_path: Path) -> None:
 
 
 UNLABELLED = {"data": {"unlabelled": "u.jsonl"}, "mix": {"shares": {"unlabelled": 1}}}
+BLIND = {"kind": "regex", "pattern": "a"}
+VOTES = merged(
+    UNLABELLED,
+    {"reward": {"unlabelled": "vote"}, "rollout": {"group_size": 2}, "mix": {"schedule": 0.1}},
+)
+ADAPTIVE = {"kind": "adaptive", "start": 0.5, "low": 0.1, "high": 1}
 IMPOSSIBLE = [
     ({"learner": {"zero_stage": 0, "dtype": "bf16"}}, "learner.dtype bf16 needs learner.zero_"),
     ({"learner": {"zero_stage": 0, "offload": "cpu"}}, "learner.offload needs learner.zero_"),
@@ -291,6 +297,32 @@ IMPOSSIBLE = [
         "reward.unlabelled must not see an answer",
     ),
     ({"data": {"held_out": "h.jsonl"}}, "data.held_out needs reward.labelled to be evaluated"),
+    ({"data": {"test": "t.jsonl"}}, "data.test needs reward.labelled to be evaluated"),
+    (merged(VOTES, {"rollout": {"group_size": 1}}), "reward.unlabelled is a vote: rollout.group_"),
+    (
+        merged(VOTES, {"reward": {"unlabelled": BLIND}, "semi": {"gate": {"kind": "confidence"}}}),
+        "semi.gate confidence judges votes",
+    ),
+    ({"semi": {"gate": {"kind": "confidence"}}}, "semi.gate confidence has no effect"),
+    (
+        merged(VOTES, {"semi": {"gate": {"kind": "trajectory", "window": 2}}}),
+        "semi.gate trajectory compares with labelled prompts",
+    ),
+    ({"semi": {"pseudo": {"batch": 1}}}, "semi.pseudo has nothing to take from"),
+    (
+        merged(VOTES, {"semi": {"pseudo": {"batch": 1}}, "mix": {"schedule": 0}}),
+        "semi.pseudo has no effect: μ (mix.schedule) is 0",
+    ),
+    (merged(VOTES, {"semi": {"probe": 0.1}}), "semi.probe needs reward.labelled"),
+    ({"mix": {"schedule": ADAPTIVE}}, "an adaptive schedule follows the held-out set: it needs"),
+    (
+        {"semi": {"guard": {"drop": {"limit": 0.1, "action": "freeze"}}}},
+        "semi.guard.drop follows the held-out set: it needs data.held_out and eval.every",
+    ),
+    (
+        {"semi": {"guard": {"kl": {"limit": 1, "action": "roll_back"}}}},
+        "semi.guard.kl rolls back to the best held-out accuracy: it needs data.held_out",
+    ),
 ]
 
 
@@ -304,7 +336,10 @@ def test_possible_combinations_near_the_impossible_ones(read) -> None:
         {"learner": {"zero_stage": 1, "dtype": "bf16", "offload": "cpu"}},
         {"cluster": {"kind": "local"}},
         merged(LABELS, {"mix": {"prompts": 0}}),
-        merged(UNLABELLED, {"reward": {"unlabelled": {"kind": "regex", "pattern": "a"}}}),
+        merged(UNLABELLED, {"reward": {"unlabelled": BLIND}}),
+        VOTES,
+        merged(VOTES, {"semi": {"pseudo": {"batch": 1}, "gate": {"kind": "confidence"}}}),
+        {"semi": {"guard": {"drop": {"limit": 0.1}}}},
     ):
         assert list(impossible(read(change))) == []
 
