@@ -34,6 +34,8 @@ FIXED = (
     "learner.dtype",
     "learner.optimizer",
     "algorithm.advantage.kind",
+    "critic.shared",
+    "reference",
 )
 
 

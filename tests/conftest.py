@@ -106,5 +106,5 @@ def raw_config(folder: Path, **sections: Any) -> dict[str, Any]:
         "tracking": {"wandb": "off", "progress": False},
     }
     for name, section in sections.items():
-        raw[name] = {**raw.get(name, {}), **section}
+        raw[name] = None if section is None else {**raw.get(name, {}), **section}
     return raw

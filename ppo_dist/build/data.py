@@ -34,9 +34,9 @@ def check(config: Config) -> Rows:
     Raises:
         InputError: something is missing or wrong; names file, row or key.
     """
-    for path in (config.model.path, config.reference.path, config.critic.path):
-        if path is not None:
-            check_model(path)
+    for section in (config.model, config.reference, config.critic):
+        if section is not None and section.path is not None:
+            check_model(section.path)
     reward_source(config)  # says what is wrong with a pattern
     rewards = dict(config.reward)
     prompts: dict[Origin, Sequence[Row]] = {
@@ -102,7 +102,7 @@ def located(config: Config) -> Config:
     moved = {"run": config.run.model_copy(update={"dir": str(Path(config.run.dir).resolve())})}
     for name in ("model", "reference", "critic"):
         section = dict(config)[name]
-        if section.path is not None and Path(section.path).is_dir():
+        if section is not None and section.path is not None and Path(section.path).is_dir():
             path = str(Path(section.path).resolve())
             moved[name] = section.model_copy(update={"path": path})
     return config.model_copy(update=moved)

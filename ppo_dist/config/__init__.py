@@ -57,7 +57,9 @@ class Config(Section):
     mix: Mix = Mix()
     semi: Semi = Semi()
     algorithm: Algorithm = Algorithm()
-    reference: Reference = Reference()
+    reference: Reference | None = Field(
+        Reference(), description="null: none, which spares its passes and `objective/kl`"
+    )
     critic: Critic = Critic()
     rollout: RolloutSection = RolloutSection()
     learner: LearnerSection = LearnerSection()

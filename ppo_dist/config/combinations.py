@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ppo_dist.config.algorithm import Complement
 from ppo_dist.config.base import ORIGINS, Adaptive, Section, SupervisedFirst, peak
-from ppo_dist.config.data import Critic
+from ppo_dist.config.data import Critic, Reference
 from ppo_dist.config.reward import FunctionReward, RegexReward, VoteReward, WeightedReward
 from ppo_dist.config.semi import AllGate
 
@@ -109,7 +109,12 @@ def _algorithm(c: Config) -> Iterator[str]:
             f"algorithm.advantage {algorithm.advantage.kind} compares responses to one prompt: "
             "rollout.group_size must be 2 or more"
         )
-    if c.model.lora is not None and (c.reference.path or c.reference.reset != "never"):
+    if c.reference is None and (algorithm.kl.coef or c.semi.guard.kl is not None):
+        yield (
+            "algorithm.kl and semi.guard.kl are about the KL to the reference: "
+            "without one (reference null) set them to 0 and to null"
+        )
+    if c.model.lora is not None and c.reference not in (None, Reference(reset="never")):
         yield (
             "with model.lora the reference is the policy without its adapter: "
             "set reference.reset to never, and no reference.path"

@@ -76,6 +76,7 @@ class LearnerWorker:
             config.learner.max_grad_norm,
             apart=self._policy_model.value_head,
         )
+        self._reinforced = False  # so reference and critic, where the config has them, are there
         self._reference: Callable[..., PolicyOutput] | None = None
         self._critic: ZeroEngine | None = None
         self._reference_folder: Path | None = None
@@ -90,7 +91,7 @@ class LearnerWorker:
         """Annotations of (tokens_T, prompt length) pairs, micro-batch by micro-batch; with
         `imitation` by the policy alone, at temperature 1.
         """
-        if self._reference is None and not imitation:
+        if not (self._reinforced or imitation):
             self._start_reinforcement()
         with torch.no_grad():
             return [self._annotate(rows, imitation) for rows in shard]
@@ -125,7 +126,7 @@ class LearnerWorker:
         self._policy.save(folder / "policy")
         if self._critic is not None:
             self._critic.save(folder / "critic")
-        if self._seat.rank == 0 and self._reference is not None:
+        if self._seat.rank == 0 and self._reinforced:
             (folder / REINFORCED).touch()
         if self._seat.rank == 0 and self._reference_folder is not None:
             shutil.copytree(
@@ -157,6 +158,8 @@ class LearnerWorker:
         return ZeroEngine(critic.train(), self._learner, self._learner.critic_max_grad_norm)
 
     def _load_reference(self, path: str) -> None:
+        if self._config.reference is None:
+            return
         if self._config.model.lora is None:
             self._reference = frozen(self._learner, self._load_policy(path), self._device)
         else:
@@ -172,7 +175,7 @@ class LearnerWorker:
 
         They come through a folder on disk, so that under ZeRO-3 no rank ever holds a whole model.
         """
-        current = self._model_path
+        self._reinforced, current = True, self._model_path
         if self._trained and (self._resets_reference or self._critic_starts_from_policy):
             folder = Path(self._config.run.dir) / "reference"
             self.save_policy(folder)
@@ -185,7 +188,9 @@ class LearnerWorker:
     @property
     def _resets_reference(self) -> bool:
         reference = self._config.reference
-        return reference.path is None and reference.reset == "after_supervised"
+        if reference is None or reference.path is not None:
+            return False
+        return reference.reset == "after_supervised"
 
     @property
     def _critic_starts_from_policy(self) -> bool:
@@ -194,11 +199,13 @@ class LearnerWorker:
 
     @property
     def _initial_reference(self) -> str:
-        return self._config.reference.path or self._model_path
+        reference = self._config.reference
+        return (reference and reference.path) or self._model_path
 
     def _resume(self, folder: Path) -> None:
         self._policy.load(folder / "policy")
-        if (folder / REINFORCED).exists():
+        self._reinforced = (folder / REINFORCED).exists()
+        if self._reinforced:
             kept = folder / "reference"
             self._reference_folder = kept if kept.exists() else None
             self._load_reference(str(self._reference_folder or self._initial_reference))
@@ -223,13 +230,12 @@ class LearnerWorker:
         temperature_K = torch.full(targets_K.shape, temperature, device=self._device)
         out: PolicyOutput = self._policy(*where, targets_K, temperature_K)
         logprobs_K, values_K = out.logprobs_K.cpu().numpy(), out.values_K.cpu().numpy()
-        reference_K = np.zeros_like(logprobs_K)
-        if not imitation:
-            assert self._reference is not None, "annotate() starts it"
+        reference_K = logprobs_K
+        if self._reference is not None and not imitation:
             reference = self._reference(*where, targets_K, temperature_K)
             reference_K = reference.logprobs_K.cpu().numpy()
-            if self._critic is not None:
-                values_K = self._critic(*where).cpu().numpy()
+        if self._critic is not None and not imitation:
+            values_K = self._critic(*where).cpu().numpy()
         annotations, begin = [], 0
         for tokens_T, prompt in rows:
             end = begin + len(tokens_T) - prompt

@@ -40,7 +40,9 @@ class Stopwatch:
 def keys(config: Config) -> list[str]:
     """Every key that a row of this run has."""
     names = [f"reward/{origin}/mean" for origin in ORIGINS if uses(config, origin)]
-    names += ["reward/faults", "objective/kl", "objective/kl_coef", "objective/advantage_std"]
+    names += ["reward/faults", "objective/kl_coef", "objective/advantage_std"]
+    if config.reference is not None:
+        names.append("objective/kl")
     names += [
         f"policy/{k}"
         for k in (

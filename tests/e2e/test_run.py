@@ -171,6 +171,7 @@ def test_commands_beside_training(whole: Path, tmp_path: Path) -> None:
         ("lora", {"model": {"lora": {"rank": 4}}, "reference": {"reset": "never"}}),
         ("shared trunk", {"critic": {"shared": True}}),
         ("no critic", {"algorithm": {"advantage": "group_mean", "kl": "loss"}}),
+        ("no reference", {"reference": None, "algorithm": {"kl": 0}}),
     ],
 )
 def test_variants_resume_exactly_and_export(
@@ -184,7 +185,10 @@ def test_variants_resume_exactly_and_export(
     assert run(made("parts", 4), resume=True) == 0
     rows = numbers(tmp_path / "whole")
     assert numbers(tmp_path / "parts") == rows
-    assert rows[-1]["objective/kl"] not in (None, 0.0)
+    if name == "no reference":
+        assert "objective/kl" not in rows[-1]
+    else:
+        assert rows[-1]["objective/kl"] not in (None, 0.0)
     assert ("critic/loss" in rows[-1]) == (name != "no critic")
     policy = AutoModelForCausalLM.from_pretrained(
         tmp_path / "whole" / "policy", dtype=torch.float32
@@ -198,6 +202,13 @@ def test_variants_resume_exactly_and_export(
     }
     moved = [n for n, p in policy.named_parameters() if not torch.equal(p, theirs[n])]
     assert moved and (name != "lora" or all(".weight" in n and "ln_" not in n for n in moved))
+
+
+def test_a_reference_that_teaches_nothing_changes_nothing(tmp_path: Path) -> None:
+    for name, sections in (("with", {}), ("without", {"reference": None})):
+        assert run(config(tmp_path / name, 3, algorithm={"kl": 0}, **sections)) == 0
+    with_one, without = numbers(tmp_path / "with"), numbers(tmp_path / "without")
+    assert [{k: v for k, v in row.items() if k != "objective/kl"} for row in with_one] == without
 
 
 def test_before_any_update_of_its_step_the_policy_is_the_old_one(tmp_path: Path) -> None:

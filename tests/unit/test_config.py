@@ -110,6 +110,11 @@ def test_defaults_of_a_minimal_config(read) -> None:
         ({"algorithm": {"kl": {"controller": "adaptive"}}}, "algorithm.kl"),
         ({"algorithm": {"advantage": "rloo"}}, "rollout.group_size must be 2 or more"),
         ({"model": {"lora": {}}}, "set reference.reset to never"),
+        ({"reference": None, "algorithm": {"kl": 0.1}}, "without one (reference null)"),
+        (
+            {"reference": None, "algorithm": {"kl": 0}, "semi": {"guard": {"kl": {"limit": 1}}}},
+            "without one (reference null)",
+        ),
         ({"critic": {"shared": True, "warmup": 3}}, "critic.warmup would move a shared trunk"),
         ({"critic": {"shared": True, "path": "x"}}, "critic.path must be null"),
         (
