@@ -80,7 +80,7 @@ class Learners:
         """See LearnerGroup."""
         by_rank: list[list[UpdateShard]] = [[] for _ in range(self._ranks.world)]
         for sequences in updates:
-            for rank, shard in enumerate(self._shards(sequences)):
+            for rank, shard in enumerate(self._shards(sequences, coefficients)):
                 by_rank[rank].append(shard)
         reports = self._ranks.call(
             LearnerWorker.update, [(shards, coefficients) for shards in by_rank]
@@ -100,9 +100,13 @@ class Learners:
         if policy is not None:
             self._ranks.call(LearnerWorker.save_policy, [(policy,)] * self._ranks.world)
 
-    def _shards(self, sequences: Sequence[TrainSequence]) -> list[UpdateShard]:
+    def _shards(
+        self, sequences: Sequence[TrainSequence], coefficients: Coefficients
+    ) -> list[UpdateShard]:
         counts = count_tokens(sequences)
         taught = [s for s in sequences if s.policy_weight_R.any() or s.ce_weight_R.any()]
+        # the counts, and so every other gradient, stay what they are with the idle ones
+        taught = [s for s in taught if not _is_idle(s, coefficients)] or taught[:1]
         valued = [s for s in sequences if s.value_weight_R.any()]
         if self._shares_trunk:
             named = {id(s) for s in (*taught, *valued)}
@@ -116,6 +120,15 @@ class Learners:
         rows = [(s.tokens_T, s.prompt_tokens) for s in sequences]
         parts = shares(rows, self._ranks.world, self._budget)
         return [tuple(pack([sequences[i] for i in members]) for members in part) for part in parts]
+
+
+def _is_idle(sequence: TrainSequence, coefficients: Coefficients) -> bool:
+    """Whether every gradient of the policy is exactly zero: a response without advantage, as in a
+    group of equal rewards, teaches nothing unless KL or entropy are in the loss.
+    """
+    if coefficients.kl or coefficients.entropy or sequence.ce_weight_R.any():
+        return False
+    return not (sequence.policy_weight_R * sequence.advantages_R).any()
 
 
 def _row(response: Rollout | LabelledExample) -> tuple[Ints, int]:

@@ -79,6 +79,7 @@ def policy_loss(
     loss = reinforced / max(counts.policy, 1) + coefficients.mu * ce_sum / max(counts.ce, 1)
     sums = TermSums(
         policy_loss=policy_sum.item(),
+        acted=live.sum().item(),
         clipped=term.clipped[live].sum().item(),
         kl=term.kl[live].sum().item(),
         kl_k1=term.kl_k1[live].sum().item(),

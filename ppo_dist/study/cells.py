@@ -25,7 +25,9 @@ from ppo_dist.run import SUMMARY
 from ppo_dist.semi.schedule import Scheduled
 from ppo_dist.tracking.local import read_rows
 
-POOLS = 1000  # between the seeds of the question pools of two seeds of the study
+POOLS = (
+    10**6
+)  # between the seeds of two question pools, since question i of seed s is i − 1 of seed s + 1
 
 
 @dataclass(frozen=True)

@@ -201,10 +201,10 @@ def _updates(report: StepReport, coefficients: Coefficients) -> Row:
         "guard/skipped_updates": float(len(report.updates) - len(made)),
         "policy/kl_loss": _share(total.kl_loss, policy),
         "policy/loss": _share(total.policy_loss, policy),
-        "policy/approx_kl": _share(total.kl, policy),
-        "policy/approx_kl_k1": _share(total.kl_k1, policy),
-        "policy/clip_fraction": _share(total.clipped, policy),
-        "policy/entropy": _share(total.entropy, policy),
+        "policy/approx_kl": _share(total.kl, total.acted),
+        "policy/approx_kl_k1": _share(total.kl_k1, total.acted),
+        "policy/clip_fraction": _share(total.clipped, total.acted),
+        "policy/entropy": _share(total.entropy, total.acted),
         "policy/grad_norm": mean([u.grad_norm for u in made if u.grad_norm is not None]),
         "policy/lr": coefficients.lr,
         "critic/loss": _share(total.value_loss, value),
@@ -237,7 +237,7 @@ def _advantage_std(sequences: Sequence[TrainSequence]) -> float | None:
     return float(together.std()) if len(together) else None
 
 
-def _share(total: float, count: int) -> float | None:
+def _share(total: float, count: float) -> float | None:
     return total / count if count else None
 
 

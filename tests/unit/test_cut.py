@@ -40,6 +40,7 @@ class PlainRanks:
         self.world, self._policy, self._critic = world, policy, critic
         self._coefficients = coefficients
         self.micro_batches: list[tuple[int, int]] = []
+        self.tokens = 0  # in all rows of the policy
 
     def call(self, method: Callable[..., Any], args: Sequence[tuple[Any, ...]]) -> list[Any]:
         assert method is LearnerWorker.update
@@ -50,6 +51,7 @@ class PlainRanks:
         self.micro_batches.append((len(shard.policy), len(shard.critic)))
         for micro_batch in shard.policy:
             batch = Tensors.of(micro_batch, CPU)
+            self.tokens += len(batch.tokens_S)
             out = self._policy(*batch.row, batch.targets_K, torch.ones(len(batch.targets_K)))
             loss, of_policy = policy_loss(batch, out, shard.counts, self._coefficients, ALGORITHM)
             loss.backward()
@@ -171,3 +173,32 @@ def test_more_unlabelled_tokens_leave_the_supervised_gradient_alone(
     alone, _ = gradient(str(tiny_model), labelled, 1, 10_000, SUPERVISED)
     among, _ = gradient(str(tiny_model), [*silent, *labelled], 2, 30, SUPERVISED)
     close(among, alone)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_what_teaches_nothing_is_not_computed_and_changes_nothing(
+    tiny_model: Path, world: int
+) -> None:
+    """Responses without an advantage still count: the others weigh what they would among any."""
+    work = [made(p, 5, "plain", p) for p in range(3)]
+    idle = [
+        replace(made(p, 5, "plain", 100 + p), advantages_R=np.zeros(5, np.float32))
+        for p in range(4)
+    ]
+    work, idle = [[replace(s, value_weight_R=np.zeros(5)) for s in part] for part in (work, idle)]
+    silent = replace(COEFFICIENTS, kl=0.0, entropy=0.0)
+    nearly = replace(silent, entropy=1e-12)  # so all are computed
+
+    def tokens(sequences: list[TrainSequence], coefficients: Coefficients) -> int:
+        ranks = PlainRanks(world, *models(str(tiny_model)), coefficients)
+        Learners(ranks, 10_000).update([sequences], coefficients)
+        return ranks.tokens
+
+    skipping, sums = gradient(str(tiny_model), [*idle, *work], world, 40, silent)
+    computing, of_all = gradient(str(tiny_model), [*idle, *work], world, 40, nearly)
+    close(skipping, computing)
+    assert (sums.acted, of_all.acted) == (15, 35)
+    assert tokens([*idle, *work], silent) == tokens(work, silent)
+    assert tokens([*idle, *work], nearly) > tokens(work, nearly)
+    none, _ = gradient(str(tiny_model), idle, world, 40, silent)  # and still is an update
+    assert not any(p.any() for p in none) and tokens(idle, silent) > 0

@@ -71,6 +71,7 @@ ANNOTATIONS = [
 ANNOTATED = [(s.rollout, a) for s, a in zip(ROLLOUTS, ANNOTATIONS, strict=True)]
 SUMS = TermSums(
     policy_loss=-3.0,
+    acted=3.0,
     clipped=1.0,
     kl=0.5,
     kl_k1=0.75,
