@@ -40,8 +40,8 @@ class TermSums:
     """Sums over the live tokens of one update on one rank, to be added over ranks before any
     division. `acted` counts those of the policy loss that were computed.
 
-    Example: TermSums(policy_loss=-3.1, acted=310, clipped=4, kl=.02, kl_k1=.01, kl_loss=0., entropy=71.,
-    value_clipped=1, ce_loss=55., ce_correct=80)
+    Example: TermSums(policy_loss=-3.1, acted=310, clipped=4, kl=.02, kl_k1=.01, kl_loss=0.,
+    entropy=71., value_clipped=1, ce_loss=55., ce_correct=80)
     """
 
     policy_loss: float = 0.0

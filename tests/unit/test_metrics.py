@@ -71,7 +71,7 @@ ANNOTATIONS = [
 ANNOTATED = [(s.rollout, a) for s, a in zip(ROLLOUTS, ANNOTATIONS, strict=True)]
 SUMS = TermSums(
     policy_loss=-3.0,
-    acted=3.0,
+    acted=4.0,
     clipped=1.0,
     kl=0.5,
     kl_k1=0.75,
@@ -107,10 +107,10 @@ def test_the_row_of_a_step() -> None:
             "rollout/logprob_gap": 1.5 / 6,  # over all tokens
             "rollout/version_lag": 1 / 3,
             "policy/loss": -6 / 6,
-            "policy/approx_kl": 1 / 6,
-            "policy/approx_kl_k1": 1.5 / 6,
-            "policy/clip_fraction": 2 / 6,
-            "policy/entropy": 24 / 6,
+            "policy/approx_kl": 1 / 8,  # over those computed
+            "policy/approx_kl_k1": 1.5 / 8,
+            "policy/clip_fraction": 2 / 8,
+            "policy/entropy": 24 / 8,
             "policy/kl_loss": 3 / 6,
             "policy/grad_norm": 1.5,
             "policy/lr": 1e-3,
