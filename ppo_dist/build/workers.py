@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from ppo_dist.config import Config
 from ppo_dist.protocols import LearnerGroup, RolloutPool
 
+ANY_PORT = 0  # a rank that is alone meets nobody
+
 if TYPE_CHECKING:
     from ppo_dist.device import DeviceKind
 
@@ -45,7 +47,7 @@ def learners(config: Config, model_path: str, resume: Path | None) -> Iterator[L
         from ppo_dist.learner.worker import LearnerWorker, Seat
         from ppo_dist.transport.memory import MemorySender
 
-        seat = Seat(0, 1, "127.0.0.1", _free_port(), _local_device(config))
+        seat = Seat(0, 1, "127.0.0.1", ANY_PORT, _local_device(config))
         worker = LearnerWorker(config, model_path, MemorySender(), seat, resume)
         yield Learners(InProcess(worker), budget, shared)
         return
@@ -85,12 +87,3 @@ def _local_device(config: Config) -> DeviceKind:
     from ppo_dist import device
 
     return device.available() if config.cluster.device == "auto" else config.cluster.device
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

@@ -104,9 +104,7 @@ class Learners:
         self, sequences: Sequence[TrainSequence], coefficients: Coefficients
     ) -> list[UpdateShard]:
         counts = count_tokens(sequences)
-        taught = [s for s in sequences if s.policy_weight_R.any() or s.ce_weight_R.any()]
-        # the counts, and so every other gradient, stay what they are with the idle ones
-        taught = [s for s in taught if not _is_idle(s, coefficients)] or taught[:1]
+        taught = _busy(sequences, coefficients)
         valued = [s for s in sequences if s.value_weight_R.any()]
         if self._shares_trunk:
             named = {id(s) for s in (*taught, *valued)}
@@ -122,13 +120,17 @@ class Learners:
         return [tuple(pack([sequences[i] for i in members]) for members in part) for part in parts]
 
 
-def _is_idle(sequence: TrainSequence, coefficients: Coefficients) -> bool:
-    """Whether every gradient of the policy is exactly zero: a response without advantage, as in a
-    group of equal rewards, teaches nothing unless KL or entropy are in the loss.
+def _busy(sequences: Sequence[TrainSequence], coefficients: Coefficients) -> list[TrainSequence]:
+    """Those with a gradient of the policy. A response without advantage, as in a group of equal
+    rewards, has none unless KL or entropy are in the loss; if there are only such, one is kept for
+    the metrics. Token counts are of all, so the other gradients stay what they are.
     """
-    if coefficients.kl or coefficients.entropy or sequence.ce_weight_R.any():
-        return False
-    return not (sequence.policy_weight_R * sequence.advantages_R).any()
+    imitated = [s for s in sequences if s.ce_weight_R.any()]
+    acting = [s for s in sequences if s.policy_weight_R.any()]
+    if not (coefficients.kl or coefficients.entropy):
+        moved = [s for s in acting if (s.policy_weight_R * s.advantages_R).any()]
+        acting = moved or acting[:1]
+    return [*acting, *imitated]
 
 
 def _row(response: Rollout | LabelledExample) -> tuple[Ints, int]:
