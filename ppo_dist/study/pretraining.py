@@ -2,8 +2,9 @@
 
 python -m ppo_dist.study.pretraining OUT.jsonl
 
-Digits are reversed, letters and digits are copied, crosses are counted. No task of the study is
-among them, but what they are made of is: so a few labels bring the tasks out, as with a base model.
+Digits are reversed, digits and letters are copied, the ones in decimal numbers are counted: never
+words, never binary numbers. So the tasks of the study are new to the model, but not what they are
+made of, and a few labels bring them out, as with a base model.
 """
 
 from __future__ import annotations
@@ -16,26 +17,27 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-LETTERS = string.ascii_lowercase * 2 + string.ascii_uppercase
-
 
 def examples(seed: int) -> list[dict[str, str]]:
     """Rows with `prompt` and `response`, shuffled."""
     draw = random.Random(seed)
 
-    def text(alphabet: str, shortest: int, longest: int) -> str:
-        return "".join(draw.choices(alphabet, k=draw.randint(shortest, longest)))
+    def text(alphabet: str) -> str:
+        return "".join(draw.choices(alphabet, k=draw.randint(3, 8)))
 
-    def crosses() -> str:
+    def ones() -> str:
         share = draw.random()
-        return "".join(draw.choices("xo", [share, 1 - share], k=draw.randint(4, 16)))
+        return "".join(
+            "1" if draw.random() < share else draw.choice("023456789")
+            for _ in range(draw.randint(4, 16))
+        )
 
     kinds: list[tuple[int, Callable[[], str], str, Callable[[str], str]]] = [
-        (9000, lambda: text(string.digits, 3, 8), ">", lambda word: word[::-1]),
-        (6000, lambda: text(string.digits, 3, 8), "=", str),
-        (9000, lambda: text(LETTERS, 3, 8), "=", str),
-        (6000, crosses, "#", lambda word: str(word.count("x"))),
-        (3000, lambda: "0b" + text("01", 3, 8), "=", str),
+        (9000, lambda: text(string.digits), ">", lambda number: number[::-1]),
+        (3000, lambda: text(string.digits), "=", str),
+        (12000, lambda: text(string.ascii_letters), "=", str),
+        (12000, ones, "#", lambda number: str(number.count("1"))),
+        (3000, lambda: "0b" + text("01"), "=", str),
     ]
     rows = []
     for count, make, mark, answer in kinds:
