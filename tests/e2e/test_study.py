@@ -47,7 +47,7 @@ def test_a_study_goes_on_where_it_stopped(tmp_path: Path) -> None:
         ("supervised", "5", "10"),
     ]
     assert "| labels | 5 (10 %) |" in (folder / "results.md").read_text()
-    assert (folder / "accuracy.png").exists()
+    assert (folder / "accuracy.png").exists() and (folder / "curves.png").exists()
 
 
 def test_cells_run_as_ray_tasks(ray_session: None) -> None:

@@ -12,8 +12,9 @@ import yaml
 from ppo_dist.config import InputError
 from ppo_dist.config.load import load_study
 from ppo_dist.study import cells as study_cells
+from ppo_dist.study import report
 from ppo_dist.study.cells import Result, cells, finished, keep
-from ppo_dist.study.efficiency import figure, markdown
+from ppo_dist.study.report import markdown
 from tests.conftest import raw_config
 
 
@@ -134,9 +135,28 @@ def test_the_table_has_means_and_deviations() -> None:
     assert lines[4:] == ["| ours | 60.0 ± 14.1 | 90.0 |", "| vote |  | 25.0 |"]
 
 
-def test_the_figure_is_drawn(tmp_path: Path) -> None:
-    figure([*RESULTS, result("ours", 20, 0, 0.4, "u")], tmp_path / "sub" / "a.png")
+def test_the_figures_show_means_by_labels_and_by_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(report.plt, "close", drawn.append)
+    report.figure([*RESULTS, result("ours", 20, 0, 0.4, "u")], tmp_path / "sub" / "a.png")
+    one, other = drawn[0].axes
+    (line, *_) = one.get_lines()
+    assert line.get_label() == "ours" and list(line.get_xdata()) == [20, 200]
+    assert list(line.get_ydata()) == pytest.approx([0.6, 0.9])
+    assert [a.get_title() for a in (one, other)] == ["t", "u"]
     assert (tmp_path / "sub" / "a.png").read_bytes()[:4] == b"\x89PNG"
+
+    curved = [
+        replace(r, curve=[(0, 0.0), (10, r.accuracy)])
+        for r in (*RESULTS, result("vote", 1000, 0, 0.8))
+    ]
+    report.curves(curved, tmp_path / "b.png")
+    lines = {line.get_label(): line for line in drawn[1].axes[0].get_lines()}
+    assert set(lines) == {"ours, 20 %", "vote, 20 %", "vote, 100 %"}, "ours at 2 % is left out"
+    assert list(lines["vote, 100 %"].get_ydata()) == [0.0, 0.8]
+    assert [lines[name].get_linestyle() for name in ("ours, 20 %", "vote, 100 %")] == ["-", "--"]
 
 
 def test_a_cell_that_fails_gives_the_end_of_its_log(tmp_path: Path) -> None:
