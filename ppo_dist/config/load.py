@@ -65,8 +65,10 @@ def dump(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The mapping of a YAML file, on top of that of its `base`.
+def read(
+    path: Path, changes: dict[str, Any] | None = None, below: tuple[Path, ...] = ()
+) -> dict[str, Any]:
+    """The mapping of a YAML file, on top of that of its `base`; `changes` are made in the lowest.
 
     Raises:
         InputError: a file is missing or not YAML, or bases go round in a circle.
@@ -76,10 +78,10 @@ def read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     raw = _read_yaml(path)
     base = raw.pop("base", None)
     if base is None:
-        return raw
+        return merged(raw, changes or {})
     if not isinstance(base, str):
         raise InputError(f"{path}: base must be the path of another config")
-    return merged(read(path.parent / base, (*below, path.resolve())), raw)
+    return merged(read(path.parent / base, changes, (*below, path.resolve())), raw)
 
 
 def merged(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:

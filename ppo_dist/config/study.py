@@ -31,7 +31,7 @@ class Study(Section):
     seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
     methods: dict[str, Method] = Field(min_length=1)
     tasks: dict[str, dict[str, Any]] = Field(
-        min_length=1, description="by name, what a task changes in every method's config"
+        min_length=1, description="by name, what a task changes in the base of all methods"
     )
     cluster: Cluster = Cluster()
     cpus: float = Field(1, gt=0, description="CPUs that a cell reserves in the cluster")

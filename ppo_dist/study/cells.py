@@ -88,21 +88,13 @@ def cells(study: Study, file: Path) -> list[Cell]:
     Raises:
         InputError: a cell's config is wrong; names the cell.
     """
-    bases = {name: read(file.parent / method.config) for name, method in study.methods.items()}
     return [
-        _cell(study, task, name, _on_task(bases[name], changes), percent, seed)
+        _cell(study, task, name, read(file.parent / method.config, changes), percent, seed)
         for task, changes in study.tasks.items()
         for seed in study.seeds
         for name, method in study.methods.items()
         for percent in method.labels
     ]
-
-
-def _on_task(method: dict[str, Any], task: dict[str, Any]) -> dict[str, Any]:
-    """A method's config on a task; data that the method does without stay away."""
-    raw = merged(method, task)
-    without = {name: None for name, source in method.get("data", {}).items() if source is None}
-    return merged(raw, {"data": without})
 
 
 def _cell(
