@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from ppo_dist.config import Config, Section
 from ppo_dist.config.load import dump, load, load_study
@@ -17,15 +18,18 @@ from ppo_dist.study.cells import cells
 ROOT = Path(__file__).parent.parent
 
 
-STUDY = ROOT / "configs" / "study" / "study.yaml"
-CONFIGS = [path for path in sorted((ROOT / "configs").rglob("*.yaml")) if path != STUDY]
+SHIPPED = sorted((ROOT / "configs").rglob("*.yaml"))
+STUDIES = [path for path in SHIPPED if "methods" in yaml.safe_load(path.read_text())]
+CONFIGS = [path for path in SHIPPED if path not in STUDIES]
 
 
-def test_the_study_has_cells() -> None:
+@pytest.mark.parametrize(("name", "visits"), [("study.yaml", 6), ("smollm2.yaml", 2)])
+def test_the_studies_have_cells(name: str, visits: float) -> None:
     """All make as many updates, and every unlabelled prompt comes often enough."""
-    made = cells(load_study(STUDY), STUDY)
+    path = ROOT / "configs" / "study" / name
+    made = cells(load_study(path), path)
     assert len({cell.path for cell in made}) == len(made)
-    assert all(cell.visits >= 6 for cell in made if cell.config["data"]["unlabelled"])
+    assert all(cell.visits >= visits for cell in made if cell.config["data"]["unlabelled"])
     assert len({cell.config["train"]["steps"] for cell in made}) == 1, "equal updates"
 
 
