@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ppo_dist import build
-from ppo_dist.config import Config, InputError, Origin
+from ppo_dist.config import Config, InputError, Origin, corrects
 from ppo_dist.config.algorithm import Complement
+from ppo_dist.coordinator.ahead import Ahead
 from ppo_dist.coordinator.evaluate import Evaluator
 from ppo_dist.coordinator.experience import Experience
 from ppo_dist.coordinator.loop import Loop, Memory, Outcome, Parts
@@ -130,6 +131,7 @@ class Journey:
         assert checkpoint is not None, "the loop saves it where the guard may go back"
         self.memory.load_state_dict(read_state(checkpoint)[1], ["experience", "unlabelled"])
         self.memory.guard.rolled_back(state.step)
+        self.memory.ahead.forget()
         record_event(folder, "rolled_back", step=state.step, to_step=state.best_step)
         return checkpoint
 
@@ -143,8 +145,11 @@ def remembered(config: Config, encoded: Encoded) -> Memory:
     return Memory(
         schedule=Scheduled(config.mix),
         stream=Stream(prompts, encoded.examples, seed),
+        ahead=Ahead(by_uid, config.stream.max_lag),
         experience=Experience(
-            config.algorithm, build.advantage_estimator(config.algorithm.advantage)
+            config.algorithm,
+            build.advantage_estimator(config.algorithm.advantage),
+            corrects(config),
         ),
         unlabelled=Unlabelled(build.gate(semi.gate), semi.pseudo, buffer, probe),
         guard=Guard(semi.guard, is_complement=isinstance(config.mix.policy_coef, Complement)),

@@ -60,20 +60,27 @@ class FakeEngine:
 
 
 class FakePool:
-    """A RolloutPool over one FakeEngine; keeps what it was told in `events`."""
+    """A RolloutPool over one FakeEngine that is done as soon as it is asked; keeps what it was told
+    in `events`.
+    """
 
     def __init__(self) -> None:
         self.engine = FakeEngine()
         self.events: list[str] = []
-        self._waiting: list[Chunk] = []
+        self._done: dict[int, list[Rollout]] = {}
+        self._tickets = 0
 
-    def submit(self, chunks: Sequence[Chunk]) -> None:
-        self.events.append(f"submit {len(chunks)}")
-        self._waiting += chunks
+    def submit(self, chunks: Sequence[Chunk]) -> int:
+        self.events += [f"submit {len(chunks)} of step {step}" for step in {c.step for c in chunks}]
+        self._tickets += 1
+        self._done[self._tickets] = [r for chunk in chunks for r in self.engine.generate(chunk)]
+        return self._tickets
 
-    def collect(self) -> list[Rollout]:
-        waiting, self._waiting = self._waiting, []
-        return [rollout for chunk in waiting for rollout in self.engine.generate(chunk)]
+    def collect(self, ticket: int) -> list[Rollout]:
+        return self._done.pop(ticket)
+
+    def busy_s(self) -> float:
+        return 0.0
 
     def load(self, weights: Weights) -> None:
         self.events.append(f"load {weights.version}")

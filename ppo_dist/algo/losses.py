@@ -35,6 +35,18 @@ class ValueTerm(NamedTuple):
     clipped: torch.Tensor
 
 
+def correction(
+    old_logprobs: torch.Tensor, behaviour_logprobs: torch.Tensor, cap: float | None
+) -> torch.Tensor:
+    """min(π_old / π_behaviour, cap) of each token: the weight of its policy term.
+
+    Source: Hilton et al. 2021, arXiv:2110.00641, eq. 3; cut as in Espeholt et al. 2018,
+    arXiv:1802.01561, section 4.1.
+    """
+    log_ratio = (old_logprobs - behaviour_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return log_ratio.exp().clamp(0.0, cap)
+
+
 def policy_term(
     logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor, clip: Clip
 ) -> PolicyTerm:

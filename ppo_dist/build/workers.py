@@ -67,20 +67,30 @@ def rollout_pool(config: Config, model_path: str) -> Iterator[RolloutPool]:
     Raises:
         InputError: the cluster has no room for them.
     """
+    from ppo_dist.rollout.pool import Pool
+
     if config.cluster.kind == "local":
-        from ppo_dist.rollout.pool import InProcessPool
+        from ppo_dist.device import prepare
         from ppo_dist.rollout.worker import RolloutWorker
         from ppo_dist.transport.memory import MemoryReceiver
 
         receiver = MemoryReceiver()
-        yield InProcessPool(RolloutWorker(config, model_path, receiver, _local_device(config)))
+        kind, threads = _local_device(config), config.rollout.threads
+        worker = RolloutWorker(config, model_path, receiver, kind)
+        with contextlib.closing(Pool([worker], lambda: prepare(kind, threads))) as pool:
+            yield pool
         return
-    from ppo_dist.cluster.groups import RayPool
+    from ppo_dist.cluster.pool import RemoteWorker
     from ppo_dist.cluster.session import places
     from ppo_dist.transport.store import StoreReceiver
 
     with places(config, config.rollout.workers, config.rollout.cpus) as reserved:
-        yield RayPool(config, model_path, StoreReceiver(), reserved)
+        workers = [
+            RemoteWorker(config, model_path, StoreReceiver(), reserved, bundle)
+            for bundle in range(reserved.count)
+        ]
+        with contextlib.closing(Pool(workers)) as pool:
+            yield pool
 
 
 def _local_device(config: Config) -> DeviceKind:

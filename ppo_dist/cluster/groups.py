@@ -1,4 +1,4 @@
-"""Workers as Ray actors: a group of learners, a pool of rollout workers."""
+"""Learner workers as Ray actors."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from ppo_dist.cluster.session import Places
 from ppo_dist.config import Config
 from ppo_dist.learner.worker import LearnerWorker, Seat
-from ppo_dist.protocols import WeightReceiver, WeightSender
-from ppo_dist.rollout.worker import RolloutWorker
-from ppo_dist.types import Chunk, Rollout, Weights
+from ppo_dist.protocols import WeightSender
 
 R = TypeVar("R")
 
@@ -55,7 +53,7 @@ class RayRanks:
     ) -> None:
         self.world = places.count
         actor = ray.remote(LearnerActor)
-        self._actors = [actor.options(**_place(places, r)).remote() for r in range(self.world)]
+        self._actors = [actor.options(**place(places, r)).remote() for r in range(self.world)]
         address, port = ray.get(self._actors[0].meeting_point.remote())
         seats = [Seat(r, self.world, address, port, places.device) for r in range(self.world)]
         self._started = [
@@ -74,55 +72,8 @@ class RayRanks:
         return list(ray.get(answers))
 
 
-class RayPool:
-    """Rollout workers as Ray actors; see RolloutPool. A free worker takes the next chunk."""
-
-    def __init__(
-        self, config: Config, model_path: str, receiver: WeightReceiver, places: Places
-    ) -> None:
-        actor = ray.remote(RolloutWorker)
-        self._workers = [
-            actor.options(**_place(places, i)).remote(config, model_path, receiver, places.device)
-            for i in range(places.count)
-        ]
-        self._waiting: list[tuple[int, Chunk]] = []
-        self._running: dict[ray.ObjectRef, tuple[int, Any]] = {}
-        self._idle = list(self._workers)
-        self._submitted = 0
-
-    def submit(self, chunks: Sequence[Chunk]) -> None:
-        """See RolloutPool."""
-        self._waiting += enumerate(chunks, start=self._submitted)
-        self._submitted += len(chunks)
-        self._dispatch()
-
-    def collect(self) -> list[Rollout]:
-        """See RolloutPool."""
-        done: dict[int, list[Rollout]] = {}
-        while self._running:
-            finished, _ = ray.wait(list(self._running), num_returns=1)
-            for reference in finished:
-                number, worker = self._running.pop(reference)
-                done[number] = ray.get(reference)
-                self._idle.append(worker)
-            self._dispatch()
-        self._submitted = 0
-        return [rollout for number in sorted(done) for rollout in done[number]]
-
-    def load(self, weights: Weights) -> None:
-        """See RolloutPool. An actor does what it is told in order, so what is submitted later finds
-        the new weights.
-        """
-        ray.get([worker.load.remote(weights) for worker in self._workers])
-
-    def _dispatch(self) -> None:
-        while self._waiting and self._idle:
-            number, chunk = self._waiting.pop(0)
-            worker = self._idle.pop(0)
-            self._running[worker.generate.remote(chunk)] = (number, worker)
-
-
-def _place(places: Places, bundle: int) -> dict[str, Any]:
+def place(places: Places, bundle: int) -> dict[str, Any]:
+    """The actor options of a worker in one of the reserved places."""
     strategy = PlacementGroupSchedulingStrategy(places.group, placement_group_bundle_index=bundle)
     return {
         "num_cpus": places.cpus,

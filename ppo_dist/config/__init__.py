@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from ppo_dist.config.algorithm import Algorithm, Mix
 from ppo_dist.config.base import ORIGINS, InputError, Origin, Section
-from ppo_dist.config.combinations import impossible, sees_answer, uses
+from ppo_dist.config.combinations import corrects, impossible, sees_answer, uses
 from ppo_dist.config.data import Critic, Data, Model, Reference
 from ppo_dist.config.reward import Reward
 from ppo_dist.config.semi import Semi
@@ -19,11 +19,21 @@ from ppo_dist.config.workers import (
     Eval,
     LearnerSection,
     RolloutSection,
+    StreamSection,
     Tracking,
     Transport,
 )
 
-__all__ = ["ORIGINS", "Config", "InputError", "Origin", "Section", "sees_answer", "uses"]
+__all__ = [
+    "ORIGINS",
+    "Config",
+    "InputError",
+    "Origin",
+    "Section",
+    "corrects",
+    "sees_answer",
+    "uses",
+]
 
 
 class Run(Section):
@@ -62,6 +72,7 @@ class Config(Section):
     )
     critic: Critic = Critic()
     rollout: RolloutSection = RolloutSection()
+    stream: StreamSection = StreamSection()
     learner: LearnerSection = LearnerSection()
     transport: Transport = Transport()
     cluster: Cluster = Cluster()

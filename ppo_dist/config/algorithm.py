@@ -170,11 +170,27 @@ class RewardShaping(Section):
     )
 
 
+class Correction(Section):
+    """Each token's policy loss times π_old / π_behaviour, old being the policy at the beginning of
+    the step and behaviour the one that wrote the token: that of an earlier version, or the same in
+    another engine's arithmetic. Clipping stays around π_old (decoupled PPO: Hilton et al. 2021,
+    arXiv:2110.00641, eq. 3; Fu et al. 2025, arXiv:2505.24298, eq. 5).
+    """
+
+    kind: Literal["auto", "off", "importance"] = Field(
+        "auto", description="auto: importance if stream.max_lag is above 0"
+    )
+    cap: float | None = Field(
+        2.0, ge=1, description="largest weight (truncated importance sampling); null: not cut"
+    )
+
+
 class Algorithm(Section):
     advantage: AnyAdvantage = Gae()
     kl: AnyKl = Field(KlInReward(), description="in the `reward` or in the `loss`; a number is β")
     reward: RewardShaping = RewardShaping()
     truncated: AnyTruncated = Truncated()
+    correction: Annotated[Correction, BeforeValidator(bare_kind)] = Correction()
     epochs: int = Field(1, ge=1, description="passes over a step's sequences")
     minibatches: int = Field(1, ge=1, description="updates in an epoch")
     clip: Annotated[Clip, BeforeValidator(_bare_clip)] = Field(

@@ -45,6 +45,12 @@ def uses(config: Config, origin: str) -> bool:
     return peak(config.mix.prompts) > 0 and peak(_of(config.mix.shares, origin)) > 0
 
 
+def corrects(config: Config) -> bool:
+    """Whether the policy loss is corrected for what wrote a response."""
+    kind = config.algorithm.correction.kind
+    return kind == "importance" or (kind == "auto" and config.stream.max_lag > 0)
+
+
 def _workers(c: Config) -> Iterator[str]:
     if c.learner.zero_stage == 0 and c.learner.dtype == "bf16":
         yield "learner.dtype bf16 needs learner.zero_stage 1, 2 or 3"

@@ -85,6 +85,18 @@ class LearnerSection(Section):
     )
 
 
+class StreamSection(Section):
+    """How far generation may be ahead of learning."""
+
+    max_lag: int = Field(
+        0,
+        ge=0,
+        description="versions that a response may be older than the policy that learns from it; "
+        "0: generate, then learn; n: the responses of step t are written by version t−n, while "
+        "steps before it are learned from",
+    )
+
+
 class Transport(Section):
     kind: Literal["store"] = Field(
         "store", description="weights travel through the Ray object store"

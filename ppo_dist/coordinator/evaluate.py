@@ -63,6 +63,6 @@ class Evaluator:
             evaluation.top_k,
         )
         prompts = [example.prompt for example in self._examples]
-        self._pool.submit(chunks(prompts, count, rollout.chunk, EVALUATION_STEP, version, sampling))
-        rollouts = self._pool.collect()
+        work = chunks(prompts, count, rollout.chunk, EVALUATION_STEP, version, sampling)
+        rollouts = self._pool.collect(self._pool.submit(work))
         return [Scored(r, s) for r, s in zip(rollouts, self._reward.score(rollouts), strict=True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 
 from ppo_dist.algo.kl import ESTIMATORS, KlController, k1
+from ppo_dist.algo.losses import correction
 from ppo_dist.algo.rewards import RunningScale, penalised_rewards
 from ppo_dist.algo.tensors import pad, whiten
 from ppo_dist.config.algorithm import Algorithm, KlInReward, Penalise
@@ -32,8 +34,11 @@ class Experience:
     of the scores.
     """
 
-    def __init__(self, algorithm: Algorithm, estimator: AdvantageEstimator) -> None:
-        self._algorithm, self._estimator = algorithm, estimator
+    def __init__(
+        self, algorithm: Algorithm, estimator: AdvantageEstimator, corrects: bool = False
+    ) -> None:
+        """With `corrects` tokens weigh by π_old / π_behaviour."""
+        self._algorithm, self._estimator, self._corrects = algorithm, estimator, corrects
         self._kl = KlController(algorithm.kl.coef, algorithm.kl.controller)
         self._scale = RunningScale()
         self.metrics: Row = {}
@@ -77,17 +82,34 @@ class Experience:
             advantages_BR = whiten(advantages_BR, live_BR, origin_B if by_origin else None)
         self._kl.observe(float(k1(logprobs_BR, reference_BR).sum() / len(scored)), len(scored))
         weights = shaped.live_B.float().numpy()
+        corrections = self._corrections(scored, annotations)
         return [
             _reinforced(
                 s,
                 a,
                 advantages_BR[b],
                 returns_BR[b],
-                policy_weight=weights[b] * teaches_policy,
+                policy_weight_R=corrections[b] * (weights[b] * teaches_policy),
                 value_weight=weights[b] * algorithm.has_critic,
             )
             for b, (s, a) in enumerate(zip(scored, annotations, strict=True))
         ]
+
+    def _corrections(
+        self, scored: Sequence[Scored], annotations: Sequence[Annotation]
+    ) -> list[Floats]:
+        """The weight of each token's policy term; all 1 without correction."""
+        if not self._corrects:
+            return [np.ones_like(a.logprobs_R) for a in annotations]
+        cap = self._algorithm.correction.cap
+        weights = [
+            correction(torch.from_numpy(a.logprobs_R), torch.from_numpy(s.rollout.logprobs_R), cap)
+            for s, a in zip(scored, annotations, strict=True)
+        ]
+        every = torch.cat(weights)
+        self.metrics["policy/correction_mean"] = float(every.mean())
+        self.metrics["policy/correction_cut_rate"] = float(every.eq(cap or math.inf).float().mean())
+        return [w.numpy() for w in weights]
 
     def _shaped(self, scored: Sequence[Scored]) -> Shaped:
         shaping, truncated = self._algorithm.reward, self._algorithm.truncated
@@ -128,7 +150,7 @@ def _reinforced(
     annotation: Annotation,
     advantages: torch.Tensor,
     returns: torch.Tensor,
-    policy_weight: float,
+    policy_weight_R: Floats,
     value_weight: float,
 ) -> TrainSequence:
     rollout = scored.rollout
@@ -139,7 +161,7 @@ def _reinforced(
         source=scored.score.source,
         tokens_T=np.concatenate([rollout.prompt.tokens_P, rollout.tokens_R]),
         prompt_tokens=len(rollout.prompt.tokens_P),
-        policy_weight_R=np.full(count, policy_weight, np.float32),
+        policy_weight_R=policy_weight_R.astype(np.float32),
         value_weight_R=np.full(count, value_weight, np.float32),
         ce_weight_R=np.zeros(count, np.float32),
         advantages_R=_row(advantages, count),

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from ppo_dist.config import Config
 from ppo_dist.config.algorithm import KlInLoss
+from ppo_dist.coordinator.ahead import Ahead
 from ppo_dist.coordinator.evaluate import Evaluator
 from ppo_dist.coordinator.experience import Experience, supervised, updates
 from ppo_dist.coordinator.state import Checkpoints, RunState
@@ -44,6 +45,7 @@ class Memory:
 
     schedule: MixSchedule
     stream: Stream
+    ahead: Ahead
     experience: Experience
     unlabelled: Unlabelled
     guard: Guard
@@ -91,6 +93,7 @@ class Loop:
             getattr(check, "action", None) == "roll_back" for _, check in config.semi.guard
         )
         self.pending = pending
+        memory.ahead.begin(parts.pool)
         self._loaded_version: int | None = None
         self._saved_step = state.step
 
@@ -130,7 +133,8 @@ class Loop:
 
     def _pass(self) -> None:
         """One step, and what is due after it."""
-        watch = Stopwatch()
+        watch, pool = Stopwatch(), self._parts.pool
+        pool.busy_s()  # what an evaluation took is not the step's
         with watch("step"):
             row = self._step(watch)
             self.state = replace(
@@ -139,25 +143,26 @@ class Loop:
                 version=self.state.version + 1,
                 reinforced=self.state.reinforced + bool(row["rollout/tokens"]),
             )
+        busy_s = pool.busy_s() / self._config.rollout.workers
         if self._is_due(self._config.eval.every):
             row |= self._evaluate(watch)
         self._memory.schedule.observe(self.state.step - 1, row)
         self.watch.row(self.state.step, row)
         row |= self._memory.guard.metrics
         if self.watch.rolls_back:
-            self.pending = row | timings(watch.seconds, row)
+            self.pending = row | timings(watch.seconds, row, busy_s)
             return
         is_best = self._goes_back and self.state.best_step == self.state.step
         if is_best or self._is_due(self._config.train.checkpoint_every):
             with watch("save"):
                 self.save()
-        self._log(self.state.step, row | timings(watch.seconds, row))
+        self._log(self.state.step, row | timings(watch.seconds, row, busy_s))
 
     def _step(self, watch: Stopwatch) -> Row:
         config, memory, parts, step = self._config, self._memory, self._parts, self.state.step
         plan = memory.guard.adjusted(memory.schedule.plan(step), step)
         coefficients = self._coefficients(plan)
-        rollouts = self._generate(plan, watch)
+        rollouts = self._generate(watch)
         with watch("score"):
             scored = [
                 Scored(r, s) for r, s in zip(rollouts, parts.reward.score(rollouts), strict=True)
@@ -175,6 +180,7 @@ class Loop:
         parts.tracker.table(step + 1, [sample(s) for s in scored[: config.tracking.samples]])
         annotated = list(zip(judged, annotations, strict=True))
         row = step_row(plan, coefficients, self.state.version, scored, annotated, sequences, report)
+        row["rollout/dropped"] = float(memory.ahead.dropped)
         self.watch.updates(step + 1, work, coefficients, report)
         return row | memory.experience.metrics | memory.unlabelled.metrics
 
@@ -200,22 +206,24 @@ class Loop:
             critic_lr=value_at(learner.critic_lr, step),
         )
 
-    def _generate(self, plan: MixPlan, watch: Stopwatch) -> Sequence[Rollout]:
-        if not plan.total_prompts:
-            return []
-        self._load(watch)
-        rollout, step = self._config.rollout, self.state.step
+    def _generate(self, watch: Stopwatch) -> Sequence[Rollout]:
+        """The step's rollouts; has those of later steps begun first, as far as the lag allows."""
+        memory, rollout, state = self._memory, self._config.rollout, self.state
         sampling = Sampling(
             rollout.temperature, rollout.max_new_tokens, self._config.run.seed, "train"
         )
-        prompts = self._memory.stream.prompts(plan)
-        with watch("generate"):
-            self._parts.pool.submit(
-                chunks(
-                    prompts, rollout.group_size, rollout.chunk, step, self.state.version, sampling
-                )
+        for coming in memory.ahead.unasked(state.step):
+            plan = memory.guard.adjusted(memory.schedule.plan(coming), coming)
+            prompts = memory.stream.prompts(plan)
+            if prompts:
+                self._load(watch)
+            work = chunks(
+                prompts, rollout.group_size, rollout.chunk, coming, state.version, sampling
             )
-            return self._parts.pool.collect()
+            memory.ahead.ask(coming, work)
+        with watch("generate"):
+            frozen = memory.guard.is_frozen(state.step)
+            return memory.ahead.take(state.step, state.version, frozen)
 
     def _load(self, watch: Stopwatch) -> None:
         """Brings the current version to the rollout workers, if they do not have it."""

@@ -4,6 +4,8 @@ Ray actor.
 
 from __future__ import annotations
 
+import time
+
 import torch
 from transformers import AutoTokenizer
 
@@ -16,13 +18,19 @@ from ppo_dist.types import Chunk, Rollout, Weights
 
 
 class RolloutWorker:
-    """Generates chunks with whichever version was loaded last."""
+    """Generates chunks, each with the version that it names.
+
+    Versions are received while chunks of older ones are generated, and loaded when the first chunk
+    asks for them.
+    """
 
     def __init__(
         self, config: Config, model_path: str, receiver: WeightReceiver, kind: device.DeviceKind
     ) -> None:
         torch_device = device.prepare(kind, config.rollout.threads)
         self._receiver = receiver
+        self._received: dict[int, Weights] = {}
+        self._loaded = 0  # the model as it is on disk
         tokenizer = AutoTokenizer.from_pretrained(
             model_path, trust_remote_code=config.model.trust_remote_code
         )
@@ -30,12 +38,26 @@ class RolloutWorker:
         lm = load_policy(model_path, dtype, config.model.trust_remote_code)
         self._engine = HfEngine(lm, tokenizer, stop_tokens(model_path, tokenizer), torch_device)
 
-    def load(self, weights: Weights) -> int:
-        """Fetches and loads a version; returns its number."""
-        self._engine.load(weights.version, self._receiver.fetch(weights))
-        return weights.version
+    def receive(self, weights: Weights) -> None:
+        """Keeps a version for the chunks that will ask for it."""
+        self._received[weights.version] = weights
 
     def generate(self, chunk: Chunk) -> list[Rollout]:
-        """See RolloutEngine."""
+        """See RolloutEngine. What is older than the chunk's version is forgotten."""
+        if self._loaded != chunk.version:
+            self._load(chunk.version)
         with torch.inference_mode():
             return self._engine.generate(chunk)
+
+    def timed(self, chunk: Chunk) -> tuple[list[Rollout], float]:
+        """Rollouts of a chunk, and the seconds that they took."""
+        begin = time.perf_counter()
+        return self.generate(chunk), time.perf_counter() - begin
+
+    def _load(self, version: int) -> None:
+        weights = self._received.pop(version, None)
+        if weights is not None:
+            self._engine.load(version, self._receiver.fetch(weights))
+            self._loaded = version
+        for old in [v for v in self._received if v < version]:
+            del self._received[old]

@@ -11,7 +11,7 @@ from functools import reduce
 
 import numpy as np
 
-from ppo_dist.config import ORIGINS, Config, uses
+from ppo_dist.config import ORIGINS, Config, corrects, uses
 from ppo_dist.config.algorithm import KlInLoss
 from ppo_dist.reports import Coefficients, StepReport, TermSums
 from ppo_dist.types import Annotation, MixPlan, Rollout, Scored, TrainSequence
@@ -19,6 +19,7 @@ from ppo_dist.types import Annotation, MixPlan, Rollout, Scored, TrainSequence
 Row = dict[str, float | None]
 EVALUATED = ("accuracy", "reward", "sampled_accuracy", "nll")
 STAGES = ("generate", "score", "annotate", "update", "publish", "evaluate", "save", "step")
+IDLE = ("idle_rollout", "idle_learner")
 
 
 class Stopwatch:
@@ -55,6 +56,8 @@ def keys(config: Config) -> list[str]:
             "lr",
         )
     ]
+    if corrects(config):
+        names += ["policy/correction_mean", "policy/correction_cut_rate"]
     if config.algorithm.reward.normalise:
         names.append("reward/scale")
     if config.algorithm.reward.clip is not None:
@@ -73,9 +76,17 @@ def keys(config: Config) -> list[str]:
     names += _unlabelled_keys(config)
     names += [
         f"rollout/{k}"
-        for k in ("tokens", "length_mean", "truncated_rate", "logprob_gap", "version_lag")
+        for k in (
+            "tokens",
+            "length_mean",
+            "truncated_rate",
+            "logprob_gap",
+            "version_lag",
+            "dropped",
+        )
     ]
-    names += [f"timing_s/{stage}" for stage in STAGES] + ["perf/tokens_per_s"]
+    names += [f"timing_s/{stage}" for stage in (*STAGES, *IDLE)] + ["perf/tokens_per_s"]
+    names += [f"perf/{name}_share" for name in IDLE]
     for name, sources in (("held_out", config.data.held_out), ("test", config.data.test)):
         if sources:
             names += [f"eval/{name}/{k}" for k in EVALUATED]
@@ -127,12 +138,18 @@ def step_row(
     }
 
 
-def timings(seconds: Mapping[str, float], row: Row) -> Row:
-    """Seconds by stage, and response and supervised tokens learned from per second of the step."""
+def timings(seconds: Mapping[str, float], row: Row, busy_s: float) -> Row:
+    """Seconds by stage; response and supervised tokens learned from per second of the step; and how
+    long rollout workers (which on average were at work for `busy_s`) and learners had nothing to do
+    in it. A response counts in the step that learns from it, whenever it was written.
+    """
     tokens = (row.get("rollout/tokens") or 0) + (row.get("sup/tokens") or 0)
     step = seconds["step"]
+    learning = seconds["annotate"] + seconds["update"] + seconds["publish"]
+    idle = {"idle_rollout": max(step - busy_s, 0.0), "idle_learner": max(step - learning, 0.0)}
     return {
-        **{f"timing_s/{stage}": value for stage, value in seconds.items()},
+        **{f"timing_s/{stage}": value for stage, value in {**seconds, **idle}.items()},
+        **{f"perf/{name}_share": _share(value, step) for name, value in idle.items()},
         "perf/tokens_per_s": tokens / step if step > 0 and tokens else None,
     }
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -136,19 +137,25 @@ def check_advantage_estimator(estimator: AdvantageEstimator) -> None:
         assert nothing[n].shape == (0, 5)
 
 
-def check_rollout_pool(pool: RolloutPool, weights: Weights, chunks: Sequence[Chunk]) -> None:
-    """`chunks` ask for the version of `weights`; there are at least two."""
-    pool.load(weights)
-    pool.submit(chunks[:1])
-    pool.submit(chunks[1:])
-    rollouts = pool.collect()
+def check_rollout_pool(
+    pool: RolloutPool, older: Weights, newer: Weights, chunks: Sequence[Chunk]
+) -> None:
+    """`chunks` ask for the version of `older`; there are at least two."""
+    pool.load(older)
+    tickets = pool.submit(chunks[:1]), pool.submit(chunks[1:])
+    pool.load(newer)
+    newest = pool.submit([replace(chunk, version=newer.version) for chunk in chunks])
+    after = pool.collect(newest)
+    later = pool.collect(tickets[1])
+    before = pool.collect(tickets[0]) + later
     wanted = [(r.prompt.uid, i) for chunk in chunks for r in chunk.requests for i in r.indices]
-    assert [(r.prompt.uid, r.index) for r in rollouts] == wanted, "in the order of submission"
-    assert {r.version for r in rollouts} == {weights.version}
-    assert pool.collect() == [], "what was collected is gone"
-    pool.submit(chunks)
-    again = pool.collect()
-    assert [r.tokens_R.tolist() for r in again] == [r.tokens_R.tolist() for r in rollouts]
+    for weights, rollouts in ((older, before), (newer, after)):
+        assert [(r.prompt.uid, r.index) for r in rollouts] == wanted, "in the order of its chunks"
+        assert {r.version for r in rollouts} == {weights.version}, "each with the version it names"
+    assert pool.busy_s() >= 0.0 and pool.busy_s() == 0.0, "what was asked for is told once"
+    assert pool.collect(pool.submit([])) == []
+    again = pool.collect(pool.submit([replace(chunk, version=newer.version) for chunk in chunks]))
+    assert [r.tokens_R.tolist() for r in again] == [r.tokens_R.tolist() for r in after]
 
 
 def check_learner_group(

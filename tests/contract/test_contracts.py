@@ -182,12 +182,12 @@ def test_advantage_estimators(kind: str) -> None:
 
 def test_pools(tmp_path: Path, tiny_model: Path) -> None:
     config = Config.model_validate(raw_config(tmp_path, rollout={"max_new_tokens": 8}))
-    suites.check_rollout_pool(FakePool(), Weights(5, ()), CHUNKS)
-    weights = MemorySender().publish(
-        5, load_policy(str(tiny_model), torch.float32).named_parameters()
-    )
+    suites.check_rollout_pool(FakePool(), Weights(5, ()), Weights(6, ()), CHUNKS)
+    model, sender = load_policy(str(tiny_model), torch.float32), MemorySender()
+    older = sender.publish(5, model.named_parameters())
+    newer = sender.publish(6, ((n, -p) for n, p in model.named_parameters()))
     with build.rollout_pool(config, str(tiny_model)) as pool:
-        suites.check_rollout_pool(pool, weights, CHUNKS)
+        suites.check_rollout_pool(pool, older, newer, CHUNKS)
 
 
 @pytest.mark.parametrize("kind", ["fake", "in process"])
@@ -218,5 +218,5 @@ def test_ray_pool_and_learners(
         build.learners(config, folder, None) as learners,
         build.rollout_pool(config, folder) as pool,
     ):
-        suites.check_rollout_pool(pool, learners.publish(5), CHUNKS)
+        suites.check_rollout_pool(pool, learners.publish(5), learners.publish(6), CHUNKS)
         suites.check_learner_group(learners, rollouts(), [[example], []], tmp_path / "saved")

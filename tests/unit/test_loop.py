@@ -3,82 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-from ppo_dist import build
-from ppo_dist.algo.advantages import Gae
-from ppo_dist.config import Config
-from ppo_dist.coordinator.evaluate import Evaluator
-from ppo_dist.coordinator.experience import Experience
-from ppo_dist.coordinator.loop import Loop, Memory, Parts
-from ppo_dist.coordinator.state import Checkpoints, RunState, read_state
-from ppo_dist.coordinator.stream import Stream
-from ppo_dist.coordinator.unlabelled import Unlabelled
 from ppo_dist.coordinator.watch import read_update
-from ppo_dist.semi.guard import Guard
-from ppo_dist.semi.pseudo import PseudoBuffer
-from ppo_dist.semi.schedule import Scheduled
-from ppo_dist.types import LabelledExample, Prompt
-from tests.conftest import raw_config
-from tests.fakes import FakeLearners, FakePool, FakeReward, FakeTracker
-
-TIMINGS = ("timing_s/", "perf/")
-
-
-def prompts(origin: Any, count: int) -> list[Prompt]:
-    return [
-        Prompt(f"{origin}/0:{i}", origin, "abc>", np.arange(i, i + 2 + i % 3), answer="x")
-        for i in range(count)
-    ]
-
-
-class Rig:
-    """A loop over fakes."""
-
-    def __init__(self, folder: Path, resume: bool = False, **sections: Any) -> None:
-        self.config = Config.model_validate(raw_config(folder, **sections))
-        self.learners, self.pool, self.tracker = FakeLearners(), FakePool(), FakeTracker()
-        labelled = prompts("labelled", 5)
-        examples = [LabelledExample(p, "x", np.array([3, 1])) for p in labelled]
-        by_origin = {o: prompts(o, n) for o, n in (("verifiable", 11), ("unlabelled", 7))}
-        stream = Stream({"labelled": labelled, **by_origin}, examples, self.config.run.seed)
-        reward = FakeReward()
-        held_out = Evaluator(
-            self.config, "held_out", examples[:3], self.pool, reward, self.learners
-        )
-        parts = Parts(self.pool, self.learners, reward, self.tracker, held_out, None)
-        semi, by_uid = (
-            self.config.semi,
-            {p.uid: p for group in (labelled, *by_origin.values()) for p in group},
-        )
-        self.memory = Memory(
-            Scheduled(self.config.mix),
-            stream,
-            Experience(self.config.algorithm, Gae()),
-            Unlabelled(
-                build.gate(semi.gate),
-                semi.pseudo,
-                PseudoBuffer(semi.pseudo, by_uid, 0) if semi.pseudo else None,
-                None,
-            ),
-            Guard(semi.guard, is_complement=False),
-        )
-        state = RunState()
-        if resume:
-            newest, _ = Checkpoints(folder, keep=2).newest_whole()
-            assert newest is not None
-            state, saved = read_state(newest)
-            self.memory.load_state_dict(saved)
-            self.learners.restore(newest)
-        self.loop = Loop(self.config, self.memory, parts, state)
-
-    def numbers(self) -> list[dict[str, Any]]:
-        return [
-            {k: v for k, v in row.items() if not k.startswith(TIMINGS)} for row in self.tracker.rows
-        ]
+from tests.unit.rig import Rig
 
 
 def test_supervised_steps_neither_generate_nor_publish(tmp_path: Path) -> None:

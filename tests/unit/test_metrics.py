@@ -199,12 +199,17 @@ def test_evaluation() -> None:
 
 def test_timings() -> None:
     seconds = {**dict.fromkeys(STAGES, 0.5), "step": 2.0}
-    row = timings(seconds, {"rollout/tokens": 30.0, "sup/tokens": 10.0})
+    row = timings(seconds, {"rollout/tokens": 30.0, "sup/tokens": 10.0}, 0.75)
     assert row["perf/tokens_per_s"] == 20.0
     assert row["timing_s/update"] == 0.5
-    assert timings(seconds, {"sup/tokens": 10.0})["perf/tokens_per_s"] == 5.0
-    assert timings(seconds, {"rollout/tokens": 0.0})["perf/tokens_per_s"] is None
-    assert timings({"step": 0.0}, {"sup/tokens": 1.0})["perf/tokens_per_s"] is None
+    # learners annotate, update and publish; workers were at it for 0.75 s
+    assert (row["timing_s/idle_learner"], row["perf/idle_learner_share"]) == (0.5, 0.25)
+    assert (row["timing_s/idle_rollout"], row["perf/idle_rollout_share"]) == (1.25, 0.625)
+    assert timings(seconds, {}, 3.0)["timing_s/idle_rollout"] == 0.0, "begun before the step"
+    assert timings(seconds, {"sup/tokens": 10.0}, 0.0)["perf/tokens_per_s"] == 5.0
+    assert timings(seconds, {"rollout/tokens": 0.0}, 0.0)["perf/tokens_per_s"] is None
+    nothing = timings(Stopwatch().seconds, {"sup/tokens": 1.0}, 0.0)
+    assert nothing["perf/tokens_per_s"] is None and nothing["perf/idle_learner_share"] is None
 
 
 def test_the_stopwatch_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,9 +245,9 @@ def config(*origins: str, held_out: bool = False, semi: Any = None, **algorithm:
 
 def test_keys_name_everything_that_a_run_tells() -> None:
     told = step_row(PLAN, COEFFICIENTS, 4, ROLLOUTS, ANNOTATED, [], REPORT)
-    told |= timings(Stopwatch().seconds, told) | evaluation_row("held_out", [], [], None)
+    told |= timings(Stopwatch().seconds, told, 0.0) | evaluation_row("held_out", [], [], None)
     told["objective/kl_coef"] = 0.1  # the loop knows it, and what the guard says
-    told |= {"guard/gap": None, "guard/action": 0.0}
+    told |= {"guard/gap": None, "guard/action": 0.0, "rollout/dropped": 0.0}
     named = keys(config("labelled", "verifiable", "unlabelled", held_out=True))
     votes = {f"pseudo/{k}" for k in ("vote_share", "vote_margin", "vote_entropy", "abstain_rate")}
     assert len(named) == len(set(named))
