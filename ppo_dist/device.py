@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
 import os
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+import torch.distributed
 
 DeviceKind = Literal["cpu", "cuda"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -32,6 +34,25 @@ def prepare(kind: DeviceKind, threads: int) -> torch.device:
 def backend(kind: DeviceKind) -> str:
     """The collective backend of torch.distributed."""
     return "nccl" if kind == "cuda" else "gloo"
+
+
+def of_collectives(kind: DeviceKind) -> torch.device:
+    """Where tensors must be for `backend`."""
+    return torch.device("cuda", 0) if kind == "cuda" else torch.device("cpu")
+
+
+def process_group(kind: DeviceKind, store: Any, rank: int, size: int, timeout_s: float) -> Any:
+    """A process group beside the default one; all its members call this.
+
+    Raises:
+        RuntimeError: not all of them did in time.
+    """
+    timeout = datetime.timedelta(seconds=timeout_s)
+    if kind == "cuda":
+        options = torch.distributed.ProcessGroupNCCL.Options()
+        options._timeout = timeout
+        return torch.distributed.ProcessGroupNCCL(store, rank, size, options)
+    return torch.distributed.ProcessGroupGloo(store, rank, size, timeout)
 
 
 def attention_dtype(tensor: torch.Tensor) -> torch.dtype:

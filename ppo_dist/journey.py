@@ -109,10 +109,7 @@ class Journey:
         interrupted: Callable[[], bool],
     ) -> tuple[Outcome, Loop]:
         config, encoded = self.config, self.encoded
-        with (
-            build.learners(config, self.model_path, checkpoint) as learners,
-            build.rollout_pool(config, self.model_path) as pool,
-        ):
+        with build.workers(config, self.model_path, checkpoint) as (learners, pool):
             reward = build.reward_source(config)
             evaluators = [
                 Evaluator(config, name, examples, pool, reward, learners) if examples else None

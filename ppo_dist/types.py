@@ -297,10 +297,12 @@ class MixPlan:
 @dataclass(frozen=True)
 class Weights:
     """Where a policy version can be fetched, by whoever has the matching receiver; `parts` are
-    opaque handles.
+    opaque handles, `digest` is that of all bytes. What is not to be had `again` was sent once.
 
-    Example: Weights(version=12, parts=(ObjectRef(…),))
+    Example: Weights(version=12, parts=(ObjectRef(…),), digest="9f2c…", again=True)
     """
 
     version: int
     parts: tuple[Any, ...]
+    digest: str = ""
+    again: bool = True

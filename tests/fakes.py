@@ -82,9 +82,10 @@ class FakePool:
     def busy_s(self) -> float:
         return 0.0
 
-    def load(self, weights: Weights) -> None:
+    def load(self, weights: Weights) -> bool:
         self.events.append(f"load {weights.version}")
         self.engine.load(weights.version, weights.parts)
+        return True
 
 
 class FakeLearners:

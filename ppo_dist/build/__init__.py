@@ -6,7 +6,7 @@ rest.
 
 from ppo_dist.build.data import Rows, check, check_model, located, model_folder
 from ppo_dist.build.parts import advantage_estimator, gate, reward_source
-from ppo_dist.build.workers import cluster, learners, rollout_pool
+from ppo_dist.build.workers import cluster, learners, rollout_pool, workers
 
 __all__ = [
     "Rows",
@@ -20,4 +20,5 @@ __all__ = [
     "model_folder",
     "reward_source",
     "rollout_pool",
+    "workers",
 ]

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from ppo_dist.build import transports
 from ppo_dist.config import Config
 from ppo_dist.protocols import LearnerGroup, RolloutPool
+from ppo_dist.tracking.local import record_event
 
 ANY_PORT = 0  # a rank that is alone meets nobody
 
 if TYPE_CHECKING:
+    from ppo_dist.cluster.pool import RemoteWorker
     from ppo_dist.device import DeviceKind
+    from ppo_dist.learner.group import Ranks
 
 
 @contextlib.contextmanager
@@ -34,63 +38,113 @@ def cluster(config: Config) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def workers(
+    config: Config, model_path: str, resume: Path | None
+) -> Iterator[tuple[LearnerGroup, RolloutPool]]:
+    """Learners and rollout workers, connected, started inside `cluster`. That weights get from one
+    to the other is tried before any of them loads its model.
+
+    Raises:
+        InputError: the cluster has no room for them, or they cannot reach each other.
+    """
+    if config.cluster.kind == "local":
+        with learners(config, model_path, resume) as group, rollout_pool(config, model_path) as own:
+            yield group, own
+        return
+    from ppo_dist.cluster.groups import RayRanks
+    from ppo_dist.cluster.pool import Crew, RemoteWorker
+    from ppo_dist.cluster.session import places
+
+    learner, rollout = config.learner, config.rollout
+    with (
+        places(config, learner.workers, learner.cpus) as of_learners,
+        places(config, rollout.workers, rollout.cpus) as of_rollouts,
+    ):
+        ranks = RayRanks(of_learners, transports.sender(config, of_learners.device))
+        receiver = transports.receiver(config, of_rollouts.device, *ranks.sends_from)
+        crew = Crew(config, model_path, of_rollouts, receiver)
+        remote = [RemoteWorker(crew, bundle) for bundle in range(of_rollouts.count)]
+        transports.preflight(config, ranks, remote)
+        ranks.start(config, model_path, resume)
+        with _started(config, remote) as pool:
+            yield _group(config, ranks), pool
+
+
+@contextlib.contextmanager
 def learners(config: Config, model_path: str, resume: Path | None) -> Iterator[LearnerGroup]:
-    """The learners, started inside `cluster`; from a checkpoint if one is given.
+    """The learners alone, started inside `cluster`; from a checkpoint if one is given.
 
     Raises:
         InputError: the cluster has no room for them.
     """
-    from ppo_dist.learner.group import InProcess, Learners
-
-    budget, shared = config.learner.micro_batch_tokens, config.critic.shared
     if config.cluster.kind == "local":
+        from ppo_dist.learner.group import InProcess
         from ppo_dist.learner.worker import LearnerWorker, Seat
         from ppo_dist.transport.memory import MemorySender
 
         seat = Seat(0, 1, "127.0.0.1", ANY_PORT, _local_device(config))
         worker = LearnerWorker(config, model_path, MemorySender(), seat, resume)
-        yield Learners(InProcess(worker), budget, shared)
+        yield _group(config, InProcess(worker))
         return
     from ppo_dist.cluster.groups import RayRanks
     from ppo_dist.cluster.session import places
-    from ppo_dist.transport.store import StoreSender
 
     with places(config, config.learner.workers, config.learner.cpus) as reserved:
-        sender = StoreSender(config.transport.bucket_mb * 2**20)
-        yield Learners(RayRanks(config, model_path, sender, reserved, resume), budget, shared)
+        ranks = RayRanks(reserved, transports.sender(config, reserved.device))
+        ranks.start(config, model_path, resume)
+        yield _group(config, ranks)
 
 
 @contextlib.contextmanager
 def rollout_pool(config: Config, model_path: str) -> Iterator[RolloutPool]:
-    """The rollout workers, started inside `cluster` with the model as it is on disk (version 0).
+    """The rollout workers alone, started inside `cluster` with the model as it is on disk
+    (version 0).
 
     Raises:
         InputError: the cluster has no room for them.
     """
-    from ppo_dist.rollout.pool import Pool
-
     if config.cluster.kind == "local":
         from ppo_dist.device import prepare
+        from ppo_dist.rollout.pool import Pool
         from ppo_dist.rollout.worker import RolloutWorker
         from ppo_dist.transport.memory import MemoryReceiver
 
-        receiver = MemoryReceiver()
         kind, threads = _local_device(config), config.rollout.threads
-        worker = RolloutWorker(config, model_path, receiver, kind)
-        with contextlib.closing(Pool([worker], lambda: prepare(kind, threads))) as pool:
-            yield pool
+        worker = RolloutWorker(config, model_path, MemoryReceiver(), kind)
+        keep = config.stream.max_lag + 2
+        with contextlib.closing(
+            Pool([worker], keep, prepare=lambda: prepare(kind, threads))
+        ) as own:
+            yield own
         return
-    from ppo_dist.cluster.pool import RemoteWorker
+    from ppo_dist.cluster.pool import Crew, RemoteWorker
     from ppo_dist.cluster.session import places
     from ppo_dist.transport.store import StoreReceiver
 
     with places(config, config.rollout.workers, config.rollout.cpus) as reserved:
-        workers = [
-            RemoteWorker(config, model_path, StoreReceiver(), reserved, bundle)
-            for bundle in range(reserved.count)
-        ]
-        with contextlib.closing(Pool(workers)) as pool:
+        crew = Crew(config, model_path, reserved, StoreReceiver)
+        remote = [RemoteWorker(crew, bundle) for bundle in range(reserved.count)]
+        with _started(config, remote) as pool:
             yield pool
+
+
+def _group(config: Config, ranks: Ranks) -> LearnerGroup:
+    from ppo_dist.learner.group import Learners
+
+    return Learners(ranks, config.learner.micro_batch_tokens, config.critic.shared)
+
+
+@contextlib.contextmanager
+def _started(config: Config, remote: Sequence[RemoteWorker]) -> Iterator[RolloutPool]:
+    from ppo_dist.rollout.pool import Pool
+
+    def note(event: str, **details: Any) -> None:
+        record_event(Path(config.run.dir), event, **details)
+
+    for worker in remote:
+        worker.start()
+    with contextlib.closing(Pool(remote, config.stream.max_lag + 2, note)) as pool:
+        yield pool
 
 
 def _local_device(config: Config) -> DeviceKind:

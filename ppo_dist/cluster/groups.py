@@ -12,15 +12,17 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ppo_dist.cluster.session import Places
 from ppo_dist.config import Config
-from ppo_dist.learner.worker import LearnerWorker, Seat
+from ppo_dist.learner.worker import LearnerWorker, Seat, probe
 from ppo_dist.protocols import WeightSender
+from ppo_dist.types import Weights
 
 R = TypeVar("R")
+MakeSender = Callable[[], WeightSender]
 
 
 class LearnerActor(LearnerWorker):
-    """A LearnerWorker that is first asked where it stands, and then started: rank 0's address is
-    needed by all.
+    """A LearnerWorker that is first asked where it stands and opens its end of the transport, and
+    then started: rank 0's address is needed by all.
     """
 
     def __init__(self) -> None:
@@ -33,31 +35,44 @@ class LearnerActor(LearnerWorker):
             port: int = probe.getsockname()[1]
         return ray.util.get_node_ip_address(), port
 
-    def start(
-        self, config: Config, model_path: str, sender: WeightSender, seat: Seat, resume: Path | None
-    ) -> None:
+    def open(self, make_sender: MakeSender) -> int | None:
+        """Opens the sending end of the transport; returns its port if it has one."""
+        self._opened = make_sender()
+        return getattr(self._opened, "port", None)
+
+    def probe(self, nbytes: int) -> Weights:
+        """Publishes that much without a model, as version −1."""
+        return self._opened.publish(-1, probe(nbytes))
+
+    def start(self, config: Config, model_path: str, seat: Seat, resume: Path | None) -> None:
         """Loads the models and joins the others."""
-        LearnerWorker.__init__(self, config, model_path, sender, seat, resume)
+        LearnerWorker.__init__(self, config, model_path, self._opened, seat, resume)
 
 
 class RayRanks:
-    """Learner workers as Ray actors; see learner.group.Ranks."""
+    """Learner workers as Ray actors; see learner.group.Ranks. They load their models when `start`
+    is called.
+    """
 
-    def __init__(
-        self,
-        config: Config,
-        model_path: str,
-        sender: WeightSender,
-        places: Places,
-        resume: Path | None,
-    ) -> None:
-        self.world = places.count
+    def __init__(self, places: Places, make_sender: MakeSender) -> None:
+        self.world, self._places = places.count, places
         actor = ray.remote(LearnerActor)
         self._actors = [actor.options(**place(places, r)).remote() for r in range(self.world)]
-        address, port = ray.get(self._actors[0].meeting_point.remote())
-        seats = [Seat(r, self.world, address, port, places.device) for r in range(self.world)]
+        self._address, self._port = ray.get(self._actors[0].meeting_point.remote())
+        ports = ray.get([worker.open.remote(make_sender) for worker in self._actors])
+        self.sends_from: tuple[str, int | None] = self._address, ports[0]
+
+    def probe(self, nbytes: int) -> Weights:
+        """Publishes that much from rank 0 without a model."""
+        weights: Weights = ray.get(self._actors[0].probe.remote(nbytes))
+        return weights
+
+    def start(self, config: Config, model_path: str, resume: Path | None) -> None:
+        """Has all load their models and join the group; does not wait for it."""
+        world, device = self.world, self._places.device
+        seats = [Seat(r, world, self._address, self._port, device) for r in range(world)]
         self._started = [
-            worker.start.remote(config, model_path, sender, seat, resume)
+            worker.start.remote(config, model_path, seat, resume)
             for worker, seat in zip(self._actors, seats, strict=True)
         ]
 

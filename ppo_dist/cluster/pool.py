@@ -2,33 +2,107 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
 import ray
+from ray.exceptions import GetTimeoutError, RayActorError
 
 from ppo_dist.cluster.groups import place
 from ppo_dist.cluster.session import Places
 from ppo_dist.config import Config
-from ppo_dist.protocols import WeightReceiver
+from ppo_dist.protocols import WeightReceiver, WeightsError
+from ppo_dist.rollout.pool import WorkerError
 from ppo_dist.rollout.worker import RolloutWorker
 from ppo_dist.types import Chunk, Rollout, Weights
+
+MakeReceiver = Callable[[], WeightReceiver]
+
+
+class RolloutActor(RolloutWorker):
+    """A RolloutWorker that first opens its end of the transport, and loads the model when told."""
+
+    def __init__(self, make_receiver: MakeReceiver) -> None:
+        """Loads nothing yet; `start` does what RolloutWorker's constructor does."""
+        self._opened = make_receiver()
+
+    def probe(self, weights: Weights, deadline_s: float) -> None:
+        """Takes weights from end to end without a model."""
+        self._opened.receive(weights, deadline_s)
+        for _ in self._opened.fetch(weights):
+            pass
+
+    def start(self, config: Config, model_path: str, device: Any) -> None:
+        """Loads the model."""
+        RolloutWorker.__init__(self, config, model_path, self._opened, device)
+
+
+@dataclass(frozen=True)
+class Crew:
+    """What all rollout workers have in common."""
+
+    config: Config
+    model_path: str
+    places: Places
+    make_receiver: MakeReceiver
 
 
 class RemoteWorker:
     """See rollout.pool.Worker: one that is a Ray actor."""
 
-    def __init__(
-        self, config: Config, model_path: str, receiver: WeightReceiver, places: Places, bundle: int
-    ) -> None:
-        actor = ray.remote(concurrency_groups={"weights": 1})(RolloutWorker)
-        self._actor = actor.options(**place(places, bundle)).remote(
-            config, model_path, receiver, places.device
-        )
+    def __init__(self, crew: Crew, bundle: int) -> None:
+        """The actor is there, without its model, when `start` is called."""
+        self._crew, self._bundle = crew, bundle
+        self._actor = self._new()
+
+    def _new(self) -> Any:
+        actor = ray.remote(concurrency_groups={"weights": 1})(RolloutActor)
+        options = place(self._crew.places, self._bundle)
+        return actor.options(**options).remote(self._crew.make_receiver)
+
+    def start(self) -> None:
+        """Has the model loaded; does not wait for it."""
+        crew = self._crew
+        self._started = self._actor.start.remote(crew.config, crew.model_path, crew.places.device)
+
+    def wait(self) -> None:
+        """Waits until the actor is there."""
+        ray.get(self._actor.__ray_ready__.remote())
+
+    def probe(self, weights: Weights) -> None:
+        """Takes weights from end to end without a model. Raises WorkerError."""
+        deadline_s = self._crew.config.transport.deadline_s
+        self._call(self._actor, self._actor.probe.remote(weights, deadline_s), 2 * deadline_s)
 
     def receive(self, weights: Weights) -> None:
         """See Worker."""
-        call = self._actor.receive.options(concurrency_group="weights")
-        ray.get(call.remote(weights))
+        actor, deadline_s = self._actor, self._crew.config.transport.deadline_s
+        receive = actor.receive.options(concurrency_group="weights")
+        # the actor itself gives up after the deadline; if it does not even say so, it hangs
+        self._call(actor, receive.remote(weights, deadline_s), 2 * deadline_s)
 
     def timed(self, chunk: Chunk) -> tuple[list[Rollout], float]:
         """See Worker."""
-        answer: tuple[list[Rollout], float] = ray.get(self._actor.timed.remote(chunk))
+        actor = self._actor
+        self._call(actor, self._started)  # what went wrong there is said here
+        answer: tuple[list[Rollout], float] = self._call(actor, actor.timed.remote(chunk))
         return answer
+
+    def _call(self, actor: Any, answer: ray.ObjectRef, deadline_s: float | None = None) -> Any:
+        try:
+            return ray.get(answer, timeout=deadline_s)
+        except (RayActorError, GetTimeoutError) as error:
+            reason = str(error).splitlines()[0] or f"no answer in {deadline_s:g} s"
+            raise WorkerError(reason, lambda: self._replace(actor)) from None
+        except WeightsError as error:
+            raise WorkerError(str(error)) from None
+
+    def _replace(self, lost: Any) -> None:
+        if self._actor is not lost:
+            return  # somebody else has seen it too
+        with contextlib.suppress(RayActorError):
+            ray.kill(lost)
+        self._actor = self._new()
+        self.start()

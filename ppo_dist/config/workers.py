@@ -98,10 +98,15 @@ class StreamSection(Section):
 
 
 class Transport(Section):
-    kind: Literal["store"] = Field(
-        "store", description="weights travel through the Ray object store"
+    kind: Literal["store", "collective", "disk"] = Field(
+        "store",
+        description="how weights travel from learners to rollout workers: through the Ray object "
+        "store, by collective broadcast (gloo or nccl), or through the run folder on a shared disk",
     )
     bucket_mb: int = Field(256, ge=1, description="megabytes gathered and sent at a time")
+    deadline_s: float = Field(
+        60, gt=0, description="how long a worker may take to receive a version"
+    )
 
 
 class Cluster(Section):

@@ -36,6 +36,7 @@ from ppo_dist.semi.schedule import value_at
 from ppo_dist.tracking.metrics import Row, Stopwatch, keys, step_row, timings
 from ppo_dist.types import MixPlan, Rollout, Sampling, Scored, TrainSequence
 
+PUBLISH_ATTEMPTS = 3
 Outcome = Literal["done", "interrupted", "stopped", "roll_back"]
 
 
@@ -229,7 +230,11 @@ class Loop:
         """Brings the current version to the rollout workers, if they do not have it."""
         if self._loaded_version != self.state.version:
             with watch("publish"):
-                self._parts.pool.load(self._parts.learners.publish(self.state.version))
+                for _ in range(PUBLISH_ATTEMPTS):
+                    if self._parts.pool.load(self._parts.learners.publish(self.state.version)):
+                        break
+                else:
+                    raise RuntimeError(f"no rollout worker takes version {self.state.version}")
             self._loaded_version = self.state.version
 
     def _evaluate(self, watch: Stopwatch) -> Row:

@@ -21,7 +21,7 @@ from ppo_dist.learner.losses import Tensors, policy_loss, value_loss
 from ppo_dist.models.critic import load_critic
 from ppo_dist.models.lora import adapters_off, add_adapters, merged
 from ppo_dist.models.policy import PolicyModel, PolicyOutput, load_policy
-from ppo_dist.protocols import WeightSender
+from ppo_dist.protocols import NamedTensors, WeightSender
 from ppo_dist.reports import Coefficients, TermSums, TokenCounts, UpdateReport
 from ppo_dist.types import Annotation, Ints, MicroBatch, Weights
 
@@ -52,6 +52,11 @@ class UpdateShard:
     policy: tuple[MicroBatch, ...]
     critic: tuple[MicroBatch, ...]
     counts: TokenCounts
+
+
+def probe(nbytes: int) -> NamedTensors:
+    """That many bytes to send, where there is no model yet."""
+    return [("probe", torch.arange(nbytes // 8))]
 
 
 class LearnerWorker:

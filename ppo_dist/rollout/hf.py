@@ -32,7 +32,7 @@ class HfEngine:
         self._tokenizer = tokenizer
         self._stops = torch.tensor(sorted(stops), device=device)
         self._device = device
-        self._version = 0  # the model as it was read from disk
+        self._version: int | None = 0  # the model as it was read from disk
 
     def load(self, version: int, weights: NamedTensors) -> None:
         """Replaces every parameter.
@@ -40,6 +40,7 @@ class HfEngine:
         Raises:
             ValueError: the weights lack a parameter, have an unknown one, or one of another shape.
         """
+        self._version = None  # until all of it is there
         targets = dict(self._lm.named_parameters())
         with torch.no_grad():
             for name, tensor in weights:

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
-import queue
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
 from ppo_dist.types import Chunk, Rollout, Weights
 
+ATTEMPTS = 3
+
+
+class WorkerError(RuntimeError):
+    """A worker did not do what it was told. `replace` puts a new one in its place, if it never will
+    again.
+    """
+
+    def __init__(self, reason: str, replace: Callable[[], None] | None = None) -> None:
+        super().__init__(reason)
+        self.replace = replace
+
 
 class Worker(Protocol):
-    """A rollout worker, here or elsewhere; `receive` may come while it generates."""
+    """A rollout worker, here or elsewhere; `receive` may come while it generates. Both raise
+    WorkerError.
+    """
 
     def receive(self, weights: Weights) -> None:
         """Keeps a version for the chunks that will ask for it."""
@@ -20,26 +34,47 @@ class Worker(Protocol):
         """Rollouts of a chunk, and the seconds that they took."""
 
 
+class _Member:
+    """A worker and the versions that it can serve."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker, self.versions = worker, {0}
+
+
 class Pool:
     """The RolloutPool of the system; see protocols.py. A free worker takes the next chunk, so all
-    stay busy while whoever submitted does something else.
+    stay busy while whoever submitted does something else. A worker serves no version that it did
+    not receive whole; one that is lost is replaced, and its chunk is done by another.
     """
 
-    def __init__(self, workers: Sequence[Worker], prepare: Callable[[], object] = lambda: None):
-        """`prepare` is called in every thread that a worker is driven from."""
-        self._workers = workers
-        self._idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
-        for worker in workers:
-            self._idle.put(worker)
+    def __init__(
+        self,
+        workers: Sequence[Worker],
+        keep: int,
+        note: Callable[..., None] = lambda event, **details: None,
+        prepare: Callable[[], object] = lambda: None,
+    ) -> None:
+        """Weights of the newest `keep` versions are kept for workers that need them again. `note`
+        hears of failures; `prepare` is called in every thread that a worker is driven from.
+        """
+        self._members = [_Member(worker) for worker in workers]
+        self._idle = list(self._members)
+        self._changed = threading.Condition()
+        self._weights: dict[int, Weights] = {}
+        self._keep, self._note = keep, note
         self._threads = ThreadPoolExecutor(len(workers), "generate", prepare)
         self._senders = ThreadPoolExecutor(len(workers), "receive")
         self._underway: dict[int, list[Future[tuple[list[Rollout], float]]]] = {}
         self._tickets = 0
         self._busy = 0.0
+        self._closed = False
 
-    def load(self, weights: Weights) -> None:
+    def load(self, weights: Weights) -> bool:
         """See RolloutPool."""
-        list(self._senders.map(lambda worker: worker.receive(weights), self._workers))
+        self._weights[weights.version] = weights
+        for old in sorted(self._weights)[: -self._keep]:
+            del self._weights[old]
+        return any(list(self._senders.map(lambda m: self._receives(m, weights), self._members)))
 
     def submit(self, chunks: Sequence[Chunk]) -> int:
         """See RolloutPool."""
@@ -48,7 +83,11 @@ class Pool:
         return self._tickets
 
     def collect(self, ticket: int) -> list[Rollout]:
-        """See RolloutPool."""
+        """See RolloutPool.
+
+        Raises:
+            WorkerError: no worker could do it.
+        """
         done = [future.result() for future in self._underway.pop(ticket)]
         self._busy += sum(seconds for _, seconds in done)
         return [rollout for rollouts, _ in done for rollout in rollouts]
@@ -60,12 +99,64 @@ class Pool:
 
     def close(self) -> None:
         """Lets go of what waits."""
-        self._threads.shutdown(cancel_futures=True)
-        self._senders.shutdown()
+        self._closed = True
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._senders.shutdown(wait=False, cancel_futures=True)
 
     def _run(self, chunk: Chunk) -> tuple[list[Rollout], float]:
-        worker = self._idle.get()
+        for _ in range(ATTEMPTS):
+            member = self._fit(chunk.version)
+            try:
+                return member.worker.timed(chunk)
+            except WorkerError as error:
+                problem = error
+                self._failed(member, chunk.version, error)
+            finally:
+                self._release(member)
+        raise WorkerError(f"a chunk failed {ATTEMPTS} times: {problem}")
+
+    def _fit(self, version: int) -> _Member:
+        """Waits for an idle worker that has a version, or can still get it."""
+        for _ in range(ATTEMPTS * len(self._members)):
+            member = self._take(version)
+            if version in member.versions or self._receives(member, self._weights[version]):
+                return member
+            self._release(member)
+        raise WorkerError(f"no rollout worker could be given version {version}")
+
+    def _take(self, version: int) -> _Member:
+        with self._changed:
+            while True:
+                self._idle.sort(key=lambda member: version not in member.versions)
+                weights = self._weights.get(version)
+                if self._idle and (
+                    version in self._idle[0].versions or (weights is not None and weights.again)
+                ):
+                    return self._idle.pop(0)
+                if not any(version in member.versions for member in self._members):
+                    raise WorkerError(f"no rollout worker has version {version}")
+                self._changed.wait()
+
+    def _release(self, member: _Member) -> None:
+        with self._changed:
+            self._idle.append(member)
+            self._changed.notify_all()
+
+    def _receives(self, member: _Member, weights: Weights) -> bool:
         try:
-            return worker.timed(chunk)
-        finally:
-            self._idle.put(worker)
+            member.worker.receive(weights)
+        except WorkerError as error:
+            self._failed(member, weights.version, error)
+            return False
+        member.versions = {v for v in member.versions if v in self._weights} | {weights.version}
+        return True
+
+    def _failed(self, member: _Member, version: int, error: WorkerError) -> None:
+        """It may serve no version any more that it is not given again."""
+        member.versions = set()
+        if self._closed:
+            return
+        number = self._members.index(member)
+        self._note("rollout_worker_failed", worker=number, version=version, reason=str(error))
+        if error.replace is not None:
+            error.replace()

@@ -30,7 +30,7 @@ class RolloutWorker:
         torch_device = device.prepare(kind, config.rollout.threads)
         self._receiver = receiver
         self._received: dict[int, Weights] = {}
-        self._loaded = 0  # the model as it is on disk
+        self._loaded: int | None = 0  # the model as it is on disk
         tokenizer = AutoTokenizer.from_pretrained(
             model_path, trust_remote_code=config.model.trust_remote_code
         )
@@ -38,8 +38,13 @@ class RolloutWorker:
         lm = load_policy(model_path, dtype, config.model.trust_remote_code)
         self._engine = HfEngine(lm, tokenizer, stop_tokens(model_path, tokenizer), torch_device)
 
-    def receive(self, weights: Weights) -> None:
-        """Keeps a version for the chunks that will ask for it."""
+    def receive(self, weights: Weights, deadline_s: float = 0.0) -> None:
+        """Waits for a version and keeps it for the chunks that will ask for it.
+
+        Raises:
+            WeightsError: it did not come in time.
+        """
+        self._receiver.receive(weights, deadline_s)
         self._received[weights.version] = weights
 
     def generate(self, chunk: Chunk) -> list[Rollout]:
@@ -57,6 +62,7 @@ class RolloutWorker:
     def _load(self, version: int) -> None:
         weights = self._received.pop(version, None)
         if weights is not None:
+            self._loaded = None  # until all of it is there
             self._engine.load(version, self._receiver.fetch(weights))
             self._loaded = version
         for old in [v for v in self._received if v < version]:

@@ -8,30 +8,46 @@ from collections.abc import Iterator
 
 import ray
 import torch
+from ray.exceptions import RayError
 
-from ppo_dist.protocols import NamedTensors
-from ppo_dist.transport.wire import Packed, buckets, unpack
+from ppo_dist.protocols import NamedTensors, WeightsError
+from ppo_dist.transport.wire import Bucket, buckets, of_all
 from ppo_dist.types import Weights
 
 
 class StoreSender:
-    """Puts buckets of weights into the object store; Weights.parts are their references."""
+    """Puts buckets into the object store; Weights.parts are their references."""
 
     def __init__(self, bucket_bytes: int) -> None:
         self._bucket_bytes = bucket_bytes
 
     def publish(self, version: int, weights: NamedTensors) -> Weights:
         """See WeightSender."""
-        return Weights(
-            version, tuple(ray.put(bucket) for bucket in buckets(weights, self._bucket_bytes))
-        )
+        references, digests = [], []
+        for bucket in buckets(weights, self._bucket_bytes):
+            references.append(ray.put(bucket))
+            digests.append(bucket.digest)
+        return Weights(version, tuple(references), of_all(digests))
 
 
 class StoreReceiver:
     """Takes buckets out of the object store one after the other."""
 
+    def receive(self, weights: Weights, deadline_s: float) -> None:
+        """See WeightReceiver. Brings them to this node; a read there takes no copy."""
+        parts = list(weights.parts)
+        ready, late = ray.wait(parts, num_returns=len(parts), timeout=deadline_s)
+        if late:
+            raise WeightsError(
+                f"version {weights.version}: {len(ready)} of {len(parts)} buckets came in "
+                f"{deadline_s:g} s"
+            )
+
     def fetch(self, weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
         """See WeightReceiver. The tensors are views of shared memory: to be read alone."""
         for part in weights.parts:
-            bucket: list[Packed] = ray.get(part)
-            yield from map(unpack, bucket)
+            try:
+                bucket: Bucket = ray.get(part)
+            except RayError as error:
+                raise WeightsError(f"version {weights.version}: {error}") from None
+            yield from bucket.tensors()

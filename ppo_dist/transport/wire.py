@@ -1,56 +1,98 @@
-"""Weights as plain arrays: what every medium can carry, bfloat16 included."""
+"""Weights as flat buckets of bytes with a digest: what every medium carries, bfloat16 included."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import xxhash
 from numpy.typing import NDArray
 
-from ppo_dist.protocols import NamedTensors
+from ppo_dist.protocols import NamedTensors, WeightsError
+
+ALIGNMENT = 16  # bytes; no number format needs more
 
 
-@dataclass(frozen=True, eq=False)
-class Packed:
-    """A tensor as bytes.
+@dataclass(frozen=True)
+class Part:
+    """A tensor's place in a bucket; `begin` in bytes.
 
-    Example: Packed(name="lm_head.weight", dtype="bfloat16", shape=(49152, 576), raw=array([…],
-    dtype=uint8))
+    Example: Part(name="lm_head.weight", dtype="bfloat16", shape=(49152, 576), begin=0)
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
+    begin: int
+
+
+@dataclass(frozen=True, eq=False)
+class Bucket:
+    """Tensors one behind the other as bytes on the CPU.
+
+    Example: Bucket(parts=(Part(…), …), raw=array([…], dtype=uint8), digest="9f2c…")
+    """
+
+    parts: tuple[Part, ...]
     raw: NDArray[np.uint8]
+    digest: str
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The tensors, as views of the bytes: to be read alone.
+
+        Raises:
+            WeightsError: the bytes are not those that were sent.
+        """
+        if digest(self.raw) != self.digest:
+            raise WeightsError(f"the bytes of {self.parts[0].name} and what follows were changed")
+        with warnings.catch_warnings():  # the bytes may be read-only shared memory
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            flat = torch.from_numpy(self.raw)
+        for part in self.parts:
+            dtype = getattr(torch, part.dtype)
+            count = int(np.prod(part.shape, dtype=np.int64))
+            raw = flat[part.begin : part.begin + count * dtype.itemsize]
+            yield part.name, raw.view(dtype).view(part.shape)
 
 
-def packed(name: str, tensor: torch.Tensor) -> Packed:
-    """A copy of a tensor as bytes on the CPU."""
-    flat = tensor.detach().to("cpu", copy=True).contiguous().view(-1).view(torch.uint8)
-    return Packed(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), flat.numpy())
+def digest(raw: NDArray[np.uint8] | bytes) -> str:
+    """Sixteen hexadecimal digits that change with any byte (XXH3, 64 bits)."""
+    return xxhash.xxh3_64_hexdigest(memoryview(raw))  # type: ignore[arg-type]
 
 
-def unpack(part: Packed) -> tuple[str, torch.Tensor]:
-    """The tensor, as a view of the bytes."""
-    with warnings.catch_warnings():  # the bytes may be read-only shared memory, and are only read
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        flat = torch.from_numpy(part.raw)
-    return part.name, flat.view(getattr(torch, part.dtype)).view(part.shape)
+def of_all(digests: Iterable[str]) -> str:
+    """The digest of a version, from those of its buckets in order."""
+    return xxhash.xxh3_64_hexdigest(" ".join(digests).encode())
 
 
-def buckets(weights: NamedTensors, limit: int) -> Iterator[list[Packed]]:
-    """Tensors in order, in lists of at most about `limit` bytes."""
-    bucket: list[Packed] = []
-    size = 0
+def flattened(weights: NamedTensors, limit: int) -> Iterator[tuple[tuple[Part, ...], torch.Tensor]]:
+    """Tensors in order, copied one behind the other into flat byte tensors of at most about `limit`
+    bytes, on their own device.
+    """
+    parts: list[Part] = []
+    flat, size = torch.empty(0, dtype=torch.uint8), 0
     for name, tensor in weights:
-        part = packed(name, tensor)
-        if bucket and size + part.raw.nbytes > limit:
-            yield bucket
-            bucket, size = [], 0
-        bucket.append(part)
-        size += part.raw.nbytes
-    if bucket:
-        yield bucket
+        raw = tensor.detach().contiguous().view(-1).view(torch.uint8)
+        begin = -(-size // ALIGNMENT) * ALIGNMENT
+        if begin + len(raw) > len(flat):
+            if parts:
+                yield tuple(parts), flat[:size]
+            parts, begin, size = [], 0, 0
+            flat = torch.empty(max(limit, len(raw)), dtype=torch.uint8, device=raw.device)
+        flat[size:begin] = 0
+        size = begin + len(raw)
+        flat[begin:size] = raw
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        parts.append(Part(name, dtype, tuple(tensor.shape), begin))
+    if parts:
+        yield tuple(parts), flat[:size]
+
+
+def buckets(weights: NamedTensors, limit: int) -> Iterator[Bucket]:
+    """The same on the CPU, with digests."""
+    for parts, flat in flattened(weights, limit):
+        raw = flat.cpu().numpy()
+        yield Bucket(parts, raw, digest(raw))

@@ -197,19 +197,24 @@ def weights() -> dict[str, torch.Tensor]:
 
 
 def check_transport(sender: WeightSender, receivers: Sequence[WeightReceiver]) -> None:
-    """Every receiver gets every version as it was when it was sent, in any order."""
+    """Every receiver gets every version as it was when it was sent, and says so of no other."""
     sent = weights()
     first = sender.publish(1, sent.items())
+    for receiver in receivers:
+        receiver.receive(first, 10.0)
     for tensor in sent.values():
         tensor += 1
     second = sender.publish(2, sent.items())
-    assert (first.version, second.version) == (1, 2)
+    assert (first.version, second.version) == (1, 2) and first.digest != second.digest
     for receiver in receivers:
-        for version, expected in ((second, sent), (first, weights())):
+        receiver.receive(second, 10.0)
+        for version, expected in ((first, weights()), (second, sent)):
             found = {name: tensor.clone() for name, tensor in receiver.fetch(version)}
-            assert list(found) == list(expected)
+            assert found.keys() == expected.keys()
             for name, tensor in expected.items():
                 assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+    again = sender.publish(3, sent.items())
+    assert again.digest == second.digest, "the same weights have the same digest"
 
 
 def check_gate(gate: Gate, again: Gate, steps: Sequence[Sequence[Scored]]) -> None:

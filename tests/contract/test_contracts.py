@@ -27,6 +27,8 @@ from ppo_dist.semi.schedule import Scheduled
 from ppo_dist.tracking.console import Several, Terminal
 from ppo_dist.tracking.local import JsonLines
 from ppo_dist.tracking.wandb import Wandb
+from ppo_dist.transport.collective import CollectiveReceiver, CollectiveSender
+from ppo_dist.transport.disk import DiskReceiver, DiskSender
 from ppo_dist.transport.memory import MemoryReceiver, MemorySender
 from ppo_dist.transport.store import StoreReceiver, StoreSender
 from ppo_dist.types import (
@@ -174,6 +176,21 @@ def test_store_transport(ray_session: None) -> None:
     suites.check_transport(StoreSender(bucket_bytes=2**20), [StoreReceiver()])
 
 
+@pytest.mark.parametrize("bucket_bytes", [1, 2**20])
+def test_disk_transport(tmp_path: Path, bucket_bytes: int) -> None:
+    sender = DiskSender(tmp_path, bucket_bytes, keep=2)
+    suites.check_transport(sender, [DiskReceiver(), DiskReceiver()])
+    kept = sorted(path.name for path in tmp_path.iterdir())
+    assert kept == ["version-00000002", "version-00000003"]
+
+
+@pytest.mark.parametrize("bucket_bytes", [1, 2**20])
+def test_collective_transport(bucket_bytes: int) -> None:
+    sender = CollectiveSender("cpu", bucket_bytes, deadline_s=10.0)
+    receivers = [CollectiveReceiver("cpu", "127.0.0.1", sender.port, 10.0) for _ in range(2)]
+    suites.check_transport(sender, receivers)
+
+
 @pytest.mark.parametrize("kind", ["gae", "group_mean", "rloo", "reinforce_pp"])
 def test_advantage_estimators(kind: str) -> None:
     algorithm = Algorithm.model_validate({"advantage": kind})
@@ -215,8 +232,7 @@ def test_ray_pool_and_learners(
     example = supervised(LabelledExample(PROMPTS[0], "x", np.array([5, 1])))
     with (
         build.cluster(config),
-        build.learners(config, folder, None) as learners,
-        build.rollout_pool(config, folder) as pool,
+        build.workers(config, folder, None) as (learners, pool),
     ):
         suites.check_rollout_pool(pool, learners.publish(5), learners.publish(6), CHUNKS)
         suites.check_learner_group(learners, rollouts(), [[example], []], tmp_path / "saved")

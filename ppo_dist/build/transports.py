@@ -1,0 +1,87 @@
+"""The two ends of the way that weights travel, and whether it is open."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ppo_dist.config import Config, InputError
+from ppo_dist.protocols import WeightReceiver, WeightSender
+
+if TYPE_CHECKING:
+    from ppo_dist.cluster.groups import RayRanks
+    from ppo_dist.cluster.pool import RemoteWorker
+    from ppo_dist.device import DeviceKind
+
+MEGABYTE = 2**20
+
+
+def sender(config: Config, kind: DeviceKind) -> Callable[[], WeightSender]:
+    """Makes the sending end, in the process that sends."""
+    transport = config.transport
+    size = transport.bucket_mb * MEGABYTE
+    match transport.kind:
+        case "store":
+            from ppo_dist.transport.store import StoreSender
+
+            return functools.partial(StoreSender, size)
+        case "collective":
+            from ppo_dist.transport.collective import CollectiveSender
+
+            return functools.partial(CollectiveSender, kind, size, transport.deadline_s)
+        case "disk":
+            from ppo_dist.transport.disk import DiskSender
+
+            keep = config.stream.max_lag + 2
+            return functools.partial(DiskSender, _folder(config), size, keep)
+
+
+def receiver(
+    config: Config, kind: DeviceKind, address: str, port: int | None
+) -> Callable[[], WeightReceiver]:
+    """Makes a receiving end, in the process that receives; the sender is at `address`."""
+    match config.transport.kind:
+        case "store":
+            from ppo_dist.transport.store import StoreReceiver
+
+            return StoreReceiver
+        case "collective":
+            from ppo_dist.transport.collective import CollectiveReceiver
+
+            assert port is not None, "this sender has one"
+            deadline_s = config.transport.deadline_s
+            return functools.partial(CollectiveReceiver, kind, address, port, deadline_s)
+        case "disk":
+            from ppo_dist.transport.disk import DiskReceiver
+
+            return DiskReceiver
+
+
+def preflight(config: Config, ranks: RayRanks, workers: Sequence[RemoteWorker]) -> None:
+    """Sends a megabyte to every rollout worker.
+
+    Raises:
+        InputError: it does not arrive; names the worker and the reason.
+    """
+    from ppo_dist.rollout.pool import WorkerError
+
+    for worker in workers:
+        worker.wait()
+    weights = ranks.probe(MEGABYTE)
+    with ThreadPoolExecutor(len(workers)) as threads:
+        answers = [threads.submit(worker.probe, weights) for worker in workers]
+    for number, answer in enumerate(answers):
+        try:
+            answer.result()
+        except WorkerError as error:
+            raise InputError(
+                f"transport.kind {config.transport.kind}: rollout worker {number} did not get a "
+                f"megabyte from the learners: {error}"
+            ) from None
+
+
+def _folder(config: Config) -> Path:
+    return Path(config.run.dir) / "weights"

@@ -1,0 +1,207 @@
+"""Weights by collective broadcast (gloo on CPUs, nccl on GPUs), bucket by bucket.
+
+The sender calls before every version, through a store of keys that it serves, and broadcasts to the
+receivers that answer in time. So one that is dead or late is left out and hangs nobody; once it
+calls again it is taken in with the next version. A receiver has a thread for this: it takes part
+while its worker generates, and keeps what came on the CPU until it is asked for.
+
+Keys, with n the number of the call:   call/n  version        here/n/ID  set by each receiver
+    members/n  group and IDs of who takes part                 bucket/n/i  parts and digest, or END
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch._C._distributed_c10d import PrefixStore, TCPStore
+
+from ppo_dist import device
+from ppo_dist.protocols import NamedTensors, WeightsError
+from ppo_dist.transport.wire import Bucket, Part, digest, flattened, of_all
+from ppo_dist.types import Weights
+
+END = "end"
+BROKEN = "broken"
+FOREVER = timedelta(days=365)
+POLL_S = 0.002
+
+
+class CollectiveSender:
+    """Sends from one process; Weights.parts are empty."""
+
+    def __init__(self, kind: device.DeviceKind, bucket_bytes: int, deadline_s: float) -> None:
+        self._kind, self._bucket_bytes, self._deadline_s = kind, bucket_bytes, deadline_s
+        self._store = TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False)
+        self.port: int = self._store.port
+        self._call = 0
+        self._lost: set[int] = set()
+        self._members: list[int] = []
+        self._name = ""
+        self._group: Any = None
+
+    def publish(self, version: int, weights: NamedTensors) -> Weights:
+        """See WeightSender. All weights are taken from the iterator, whatever happens to receivers:
+        other ranks lend their shards for each.
+        """
+        self._call += 1
+        self._store.set(f"call/{self._call}", str(version))
+        self._store.add("calls", 1)
+        self._assemble()
+        digests: list[str] = []
+        for parts, flat in flattened(weights, self._bucket_bytes):
+            digests.append(digest(flat.cpu().numpy()))
+            self._send(len(digests) - 1, parts, digests[-1], flat)
+        self._store.set(f"bucket/{self._call}/{len(digests)}", END)
+        return Weights(version, (), of_all(digests), again=False)
+
+    def _assemble(self) -> None:
+        """Who answers the call takes part; the group is kept as long as it is the same."""
+        present = self._answering()
+        if self._group is None or present != self._members:
+            self._group, self._members, self._name = None, present, f"group/{self._call}"
+        said = {"group": self._name, "members": present}
+        self._store.set(f"members/{self._call}", json.dumps(said))
+        if self._group is None and present:
+            store = PrefixStore(self._name, self._store)
+            try:
+                self._group = device.process_group(
+                    self._kind, store, 0, len(present) + 1, self._deadline_s
+                )
+            except RuntimeError:
+                self._group = None  # nobody gets this version; the next has a new group
+
+    def _answering(self) -> list[int]:
+        """The receivers that answer within the deadline; the others are not waited for again."""
+        end = time.monotonic() + self._deadline_s
+        asked = set(range(1, self._store.add("receivers", 0) + 1)) - self._lost
+        missing = set(asked)
+        while True:
+            missing -= {r for r in missing if self._store.check([f"here/{self._call}/{r}"])}
+            if not missing or time.monotonic() > end:
+                self._lost |= missing
+                return sorted(asked - missing)
+            time.sleep(POLL_S)
+
+    def _send(self, number: int, parts: tuple[Part, ...], found: str, flat: torch.Tensor) -> None:
+        if self._group is None:
+            return
+        about = {"parts": [asdict(p) for p in parts], "digest": found, "bytes": len(flat)}
+        self._store.set(f"bucket/{self._call}/{number}", json.dumps(about))
+        try:
+            self._group.broadcast(flat, 0).wait()
+        except RuntimeError:
+            self._group = None  # nobody gets the rest; the next version has a new group
+            self._store.set(f"bucket/{self._call}/{number + 1}", BROKEN)
+
+
+class CollectiveReceiver:
+    """Receives in a thread of its own: answers every call from the one under way on.
+
+    Raises:
+        WeightsError: the sender cannot be reached.
+    """
+
+    def __init__(self, kind: device.DeviceKind, address: str, port: int, deadline_s: float) -> None:
+        self._kind, self._deadline_s = kind, deadline_s
+        self._arrived = threading.Condition()
+        self._versions: dict[int, list[Bucket]] = {}
+        self._problem: str | None = None
+        try:
+            self._store = TCPStore(address, port, timeout=timedelta(seconds=deadline_s))
+        except RuntimeError as error:
+            raise WeightsError(f"{address}:{port}: {error}") from None
+        self._register()
+        threading.Thread(target=self._answer, daemon=True, name="weights").start()
+
+    def receive(self, weights: Weights, deadline_s: float) -> None:
+        """See WeightReceiver."""
+        with self._arrived:
+            self._arrived.wait_for(lambda: weights.version in self._versions, deadline_s)
+            if weights.version not in self._versions:
+                raise WeightsError(
+                    f"version {weights.version} did not arrive in {deadline_s:g} s"
+                    + (f": {self._problem}" if self._problem else "")
+                )
+
+    def fetch(self, weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
+        """See WeightReceiver."""
+        with self._arrived:
+            found = self._versions.pop(weights.version, None)
+        if found is None:
+            raise WeightsError(f"version {weights.version} is not here")
+        if of_all(bucket.digest for bucket in found) != weights.digest:
+            raise WeightsError(f"version {weights.version} is not whole")
+        for bucket in found:
+            yield from bucket.tensors()
+
+    def _register(self) -> None:
+        self._id = self._store.add("receivers", 1)
+        self._group: Any = None
+        self._name: str | None = None
+
+    def _answer(self) -> None:
+        """Takes part in every version from the call under way on."""
+        call = max(self._store.add("calls", 0), 1)
+        while True:
+            try:
+                self._store.set_timeout(FOREVER)
+                version = int(self._store.get(f"call/{call}"))
+                self._store.set_timeout(timedelta(seconds=self._deadline_s))
+                self._take_part(call, version)
+            except RuntimeError as error:
+                self._problem = str(error).splitlines()[0]
+                self._group = self._name = None
+                if not self._alive():
+                    return
+            call += 1
+
+    def _alive(self) -> bool:
+        try:
+            self._store.add("receivers", 0)
+        except RuntimeError:
+            return False
+        return True
+
+    def _take_part(self, call: int, version: int) -> None:
+        if self._store.check([f"members/{call}"]):
+            return  # too late for this one
+        self._store.set(f"here/{call}/{self._id}", "")
+        chosen = json.loads(self._store.get(f"members/{call}"))
+        if self._id not in chosen["members"]:
+            self._register()  # answered too late, and is taken for dead
+            return
+        if chosen["group"] != self._name:
+            self._group = device.process_group(
+                self._kind,
+                PrefixStore(chosen["group"], self._store),
+                1 + chosen["members"].index(self._id),
+                len(chosen["members"]) + 1,
+                self._deadline_s,
+            )
+            self._name = chosen["group"]
+        found = list(self._buckets(call))
+        with self._arrived:
+            self._versions[version] = found
+            self._problem = None
+            self._arrived.notify_all()
+
+    def _buckets(self, call: int) -> Iterator[Bucket]:
+        number = 0
+        while (said := self._store.get(f"bucket/{call}/{number}").decode()) != END:
+            if said == BROKEN:
+                raise RuntimeError("another receiver failed, so the sending was broken off")
+            about = json.loads(said)
+            flat = torch.empty(
+                about["bytes"], dtype=torch.uint8, device=device.of_collectives(self._kind)
+            )
+            self._group.broadcast(flat, 0).wait()
+            parts = tuple(Part(**{**p, "shape": tuple(p["shape"])}) for p in about["parts"])
+            yield Bucket(parts, flat.cpu().numpy(), about["digest"])
+            number += 1

@@ -1,0 +1,72 @@
+"""Weights through a folder that learners and rollout workers share: safetensors files."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import load, save
+
+from ppo_dist.files import replace
+from ppo_dist.protocols import NamedTensors, WeightsError
+from ppo_dist.transport.wire import buckets, digest, of_all
+from ppo_dist.types import Weights
+
+POLL_S = 0.05
+
+
+class DiskSender:
+    """Writes a folder a version, whole or not at all, and removes those that nobody asks for any
+    more. Weights.parts are its path and the files' digests.
+    """
+
+    def __init__(self, folder: Path, bucket_bytes: int, keep: int) -> None:
+        self._folder, self._bucket_bytes, self._keep = folder, bucket_bytes, keep
+
+    def publish(self, version: int, weights: NamedTensors) -> Weights:
+        """See WeightSender."""
+        folder = self._folder / f"version-{version:08d}"
+        aside = self._folder / f".{folder.name}.writing"
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        digests: list[str] = []
+        for bucket in buckets(weights, self._bucket_bytes):
+            content = save(dict(bucket.tensors()))
+            (aside / _name(len(digests))).write_bytes(content)
+            digests.append(digest(content))
+        replace(aside, folder)
+        for old in sorted(self._folder.glob("version-*"))[: -self._keep]:
+            shutil.rmtree(old)
+        return Weights(version, (str(folder), *digests), of_all(digests))
+
+
+class DiskReceiver:
+    """Reads them from there."""
+
+    def receive(self, weights: Weights, deadline_s: float) -> None:
+        """See WeightReceiver. A network file system may show the folder a while later."""
+        folder, end = Path(weights.parts[0]), time.monotonic() + deadline_s
+        while not folder.exists():
+            if time.monotonic() > end:
+                raise WeightsError(f"{folder} is not to be seen here after {deadline_s:g} s")
+            time.sleep(POLL_S)
+
+    def fetch(self, weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
+        """See WeightReceiver."""
+        folder, *digests = weights.parts
+        for number, expected in enumerate(digests):
+            path = Path(folder) / _name(number)
+            try:
+                content = path.read_bytes()
+            except OSError as error:
+                raise WeightsError(f"{path}: {error}") from None
+            if digest(content) != expected:
+                raise WeightsError(f"{path}: its bytes were changed")
+            yield from load(content).items()
+
+
+def _name(number: int) -> str:
+    return f"{number:05d}.safetensors"
