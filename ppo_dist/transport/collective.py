@@ -153,11 +153,12 @@ class CollectiveReceiver:
             try:
                 self._store.set_timeout(FOREVER)
                 version = int(self._store.get(f"call/{call}"))
-                self._store.set_timeout(timedelta(seconds=self._deadline_s))
+                # the sender itself may wait that long, for another receiver
+                self._store.set_timeout(timedelta(seconds=2 * self._deadline_s))
                 self._take_part(call, version)
             except RuntimeError as error:
                 self._problem = str(error).splitlines()[0]
-                self._group = self._name = None
+                self._group, self._name = None, None
                 if not self._alive():
                     return
             call += 1
@@ -203,5 +204,7 @@ class CollectiveReceiver:
             )
             self._group.broadcast(flat, 0).wait()
             parts = tuple(Part(**{**p, "shape": tuple(p["shape"])}) for p in about["parts"])
-            yield Bucket(parts, flat.cpu().numpy(), about["digest"])
+            bucket = Bucket(parts, flat.cpu().numpy(), about["digest"])
+            bucket.check()
+            yield bucket
             number += 1

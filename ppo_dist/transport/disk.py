@@ -53,19 +53,26 @@ class DiskReceiver:
             if time.monotonic() > end:
                 raise WeightsError(f"{folder} is not to be seen here after {deadline_s:g} s")
             time.sleep(POLL_S)
+        for _ in _contents(weights):
+            pass
 
     def fetch(self, weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
         """See WeightReceiver."""
-        folder, *digests = weights.parts
-        for number, expected in enumerate(digests):
-            path = Path(folder) / _name(number)
-            try:
-                content = path.read_bytes()
-            except OSError as error:
-                raise WeightsError(f"{path}: {error}") from None
-            if digest(content) != expected:
-                raise WeightsError(f"{path}: its bytes were changed")
+        for content in _contents(weights):
             yield from load(content).items()
+
+
+def _contents(weights: Weights) -> Iterator[bytes]:
+    folder, *digests = weights.parts
+    for number, expected in enumerate(digests):
+        path = Path(folder) / _name(number)
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise WeightsError(f"{path}: {error}") from None
+        if digest(content) != expected:
+            raise WeightsError(f"{path}: its bytes were changed")
+        yield content
 
 
 def _name(number: int) -> str:

@@ -34,7 +34,7 @@ class StoreReceiver:
     """Takes buckets out of the object store one after the other."""
 
     def receive(self, weights: Weights, deadline_s: float) -> None:
-        """See WeightReceiver. Brings them to this node; a read there takes no copy."""
+        """See WeightReceiver. Brings them to this node, where reading takes no copy."""
         parts = list(weights.parts)
         ready, late = ray.wait(parts, num_returns=len(parts), timeout=deadline_s)
         if late:
@@ -42,12 +42,18 @@ class StoreReceiver:
                 f"version {weights.version}: {len(ready)} of {len(parts)} buckets came in "
                 f"{deadline_s:g} s"
             )
+        for part in parts:
+            _bucket(weights.version, part).check()
 
     def fetch(self, weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
         """See WeightReceiver. The tensors are views of shared memory: to be read alone."""
         for part in weights.parts:
-            try:
-                bucket: Bucket = ray.get(part)
-            except RayError as error:
-                raise WeightsError(f"version {weights.version}: {error}") from None
-            yield from bucket.tensors()
+            yield from _bucket(weights.version, part).tensors()
+
+
+def _bucket(version: int, part: ray.ObjectRef) -> Bucket:
+    try:
+        bucket: Bucket = ray.get(part)
+    except RayError as error:
+        raise WeightsError(f"version {version}: {error}") from None
+    return bucket

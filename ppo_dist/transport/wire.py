@@ -40,14 +40,13 @@ class Bucket:
     raw: NDArray[np.uint8]
     digest: str
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The tensors, as views of the bytes: to be read alone.
-
-        Raises:
-            WeightsError: the bytes are not those that were sent.
-        """
+    def check(self) -> None:
+        """Raises WeightsError if the bytes are not those that were sent."""
         if digest(self.raw) != self.digest:
             raise WeightsError(f"the bytes of {self.parts[0].name} and what follows were changed")
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The tensors, as views of the bytes: to be read alone."""
         with warnings.catch_warnings():  # the bytes may be read-only shared memory
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
             flat = torch.from_numpy(self.raw)
