@@ -55,6 +55,20 @@ def process_group(kind: DeviceKind, store: Any, rank: int, size: int, timeout_s:
     return torch.distributed.ProcessGroupGloo(store, rank, size, timeout)
 
 
+def before_vllm(kind: DeviceKind, threads: int, kv_cache_gb: float) -> None:
+    """Settings of this process that vLLM reads when it is first used."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
+    if kind == "cpu":
+        os.environ["VLLM_CPU_KVCACHE_SPACE"] = f"{kv_cache_gb:g}"
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+
+
+def vllm_memory(kind: DeviceKind, share: float) -> dict[str, Any]:
+    """How vLLM is told what memory it may take; on a CPU the KV cache has a fixed size."""
+    return {"gpu_memory_utilization": share} if kind == "cuda" else {}
+
+
 def attention_dtype(tensor: torch.Tensor) -> torch.dtype:
     """The number format in which attention runs fastest.
 

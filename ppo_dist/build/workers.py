@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ppo_dist.build import transports
+from ppo_dist.build.engines import engine
 from ppo_dist.config import Config
 from ppo_dist.protocols import LearnerGroup, RolloutPool
 from ppo_dist.tracking.local import record_event
@@ -62,7 +63,8 @@ def workers(
     ):
         ranks = RayRanks(of_learners, transports.sender(config, of_learners.device))
         receiver = transports.receiver(config, of_rollouts.device, *ranks.sends_from)
-        crew = Crew(config, model_path, of_rollouts, receiver)
+        make_engine = engine(config, model_path, of_rollouts.device)
+        crew = Crew(of_rollouts, make_engine, receiver, config.transport.deadline_s)
         remote = [RemoteWorker(crew, bundle) for bundle in range(of_rollouts.count)]
         transports.preflight(config, ranks, remote)
         ranks.start(config, model_path, resume)
@@ -110,7 +112,7 @@ def rollout_pool(config: Config, model_path: str) -> Iterator[RolloutPool]:
         from ppo_dist.transport.memory import MemoryReceiver
 
         kind, threads = _local_device(config), config.rollout.threads
-        worker = RolloutWorker(config, model_path, MemoryReceiver(), kind)
+        worker = RolloutWorker(engine(config, model_path, kind)(), MemoryReceiver())
         keep = config.stream.max_lag + 2
         with contextlib.closing(
             Pool([worker], keep, prepare=lambda: prepare(kind, threads))
@@ -122,7 +124,8 @@ def rollout_pool(config: Config, model_path: str) -> Iterator[RolloutPool]:
     from ppo_dist.transport.store import StoreReceiver
 
     with places(config, config.rollout.workers, config.rollout.cpus) as reserved:
-        crew = Crew(config, model_path, reserved, StoreReceiver)
+        make_engine = engine(config, model_path, reserved.device)
+        crew = Crew(reserved, make_engine, StoreReceiver, config.transport.deadline_s)
         remote = [RemoteWorker(crew, bundle) for bundle in range(reserved.count)]
         with _started(config, remote) as pool:
             yield pool

@@ -12,12 +12,12 @@ from ray.exceptions import GetTimeoutError, RayActorError
 
 from ppo_dist.cluster.groups import place
 from ppo_dist.cluster.session import Places
-from ppo_dist.config import Config
-from ppo_dist.protocols import WeightReceiver, WeightsError
+from ppo_dist.protocols import RolloutEngine, WeightReceiver, WeightsError
 from ppo_dist.rollout.pool import WorkerError
 from ppo_dist.rollout.worker import RolloutWorker
 from ppo_dist.types import Chunk, Rollout, Weights
 
+MakeEngine = Callable[[], RolloutEngine]
 MakeReceiver = Callable[[], WeightReceiver]
 
 
@@ -34,19 +34,19 @@ class RolloutActor(RolloutWorker):
         for _ in self._opened.fetch(weights):
             pass
 
-    def start(self, config: Config, model_path: str, device: Any) -> None:
+    def start(self, make_engine: MakeEngine) -> None:
         """Loads the model."""
-        RolloutWorker.__init__(self, config, model_path, self._opened, device)
+        RolloutWorker.__init__(self, make_engine(), self._opened)
 
 
 @dataclass(frozen=True)
 class Crew:
     """What all rollout workers have in common."""
 
-    config: Config
-    model_path: str
     places: Places
+    make_engine: MakeEngine
     make_receiver: MakeReceiver
+    deadline_s: float
 
 
 class RemoteWorker:
@@ -64,8 +64,7 @@ class RemoteWorker:
 
     def start(self) -> None:
         """Has the model loaded; does not wait for it."""
-        crew = self._crew
-        self._started = self._actor.start.remote(crew.config, crew.model_path, crew.places.device)
+        self._started = self._actor.start.remote(self._crew.make_engine)
 
     def wait(self) -> None:
         """Waits until the actor is there."""
@@ -73,12 +72,12 @@ class RemoteWorker:
 
     def probe(self, weights: Weights) -> None:
         """Takes weights from end to end without a model. Raises WorkerError."""
-        deadline_s = self._crew.config.transport.deadline_s
+        deadline_s = self._crew.deadline_s
         self._call(self._actor, self._actor.probe.remote(weights, deadline_s), 2 * deadline_s)
 
     def receive(self, weights: Weights) -> None:
         """See Worker."""
-        actor, deadline_s = self._actor, self._crew.config.transport.deadline_s
+        actor, deadline_s = self._actor, self._crew.deadline_s
         receive = actor.receive.options(concurrency_group="weights")
         # the actor itself gives up after the deadline; if it does not even say so, it hangs
         self._call(actor, receive.remote(weights, deadline_s), 2 * deadline_s)

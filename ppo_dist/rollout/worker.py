@@ -6,14 +6,7 @@ from __future__ import annotations
 
 import time
 
-import torch
-from transformers import AutoTokenizer
-
-from ppo_dist import device
-from ppo_dist.config import Config
-from ppo_dist.models.policy import load_policy, stop_tokens
-from ppo_dist.protocols import WeightReceiver
-from ppo_dist.rollout.hf import HfEngine
+from ppo_dist.protocols import RolloutEngine, WeightReceiver
 from ppo_dist.types import Chunk, Rollout, Weights
 
 
@@ -24,19 +17,10 @@ class RolloutWorker:
     asks for them.
     """
 
-    def __init__(
-        self, config: Config, model_path: str, receiver: WeightReceiver, kind: device.DeviceKind
-    ) -> None:
-        torch_device = device.prepare(kind, config.rollout.threads)
-        self._receiver = receiver
+    def __init__(self, engine: RolloutEngine, receiver: WeightReceiver) -> None:
+        self._engine, self._receiver = engine, receiver
         self._received: dict[int, Weights] = {}
         self._loaded: int | None = 0  # the model as it is on disk
-        tokenizer = AutoTokenizer.from_pretrained(
-            model_path, trust_remote_code=config.model.trust_remote_code
-        )
-        dtype = device.DTYPES[config.learner.dtype]
-        lm = load_policy(model_path, dtype, config.model.trust_remote_code)
-        self._engine = HfEngine(lm, tokenizer, stop_tokens(model_path, tokenizer), torch_device)
 
     def receive(self, weights: Weights, deadline_s: float = 0.0) -> None:
         """Waits for a version and keeps it for the chunks that will ask for it.
@@ -51,8 +35,7 @@ class RolloutWorker:
         """See RolloutEngine. What is older than the chunk's version is forgotten."""
         if self._loaded != chunk.version:
             self._load(chunk.version)
-        with torch.inference_mode():
-            return self._engine.generate(chunk)
+        return self._engine.generate(chunk)
 
     def timed(self, chunk: Chunk) -> tuple[list[Rollout], float]:
         """Rollouts of a chunk, and the seconds that they took."""

@@ -21,6 +21,7 @@ import torch
 from transformers import AutoTokenizer
 
 from ppo_dist import build
+from ppo_dist.build.engines import engine
 from ppo_dist.cluster.pool import Crew, RemoteWorker
 from ppo_dist.cluster.session import places
 from ppo_dist.config import Config
@@ -108,7 +109,8 @@ def rig(
     config = Config.model_validate(raw)
     sender, receiver = ends(request.param, tmp_path)
     with build.cluster(config), places(config, 2, 1.0) as reserved:
-        crew = Crew(config, str(tiny_models["gpt2"]), reserved, receiver)
+        make_engine = engine(config, str(tiny_models["gpt2"]), "cpu")
+        crew = Crew(reserved, make_engine, receiver, DEADLINE_S)
         workers = [RemoteWorker(crew, bundle) for bundle in range(2)]
         for worker in workers:
             worker.wait()

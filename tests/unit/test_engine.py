@@ -11,16 +11,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ppo_dist.data.chunks import chunks
 from ppo_dist.models.policy import load_policy
-from ppo_dist.rollout.hf import HfEngine, _draw
+from ppo_dist.rollout.hf import HfEngine
+from ppo_dist.rollout.sampling import draw
 from ppo_dist.types import Prompt, Rollout, Sampling
 
 EOS = 1
 
 
-def engine(tiny_model: Path) -> HfEngine:
+def engine(tiny_model: Path, slots: int | None = None) -> HfEngine:
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     model = load_policy(str(tiny_model), torch.float32)
-    return HfEngine(model, tokenizer, frozenset({EOS}), torch.device("cpu"))
+    return HfEngine(model, tokenizer, frozenset({EOS}), torch.device("cpu"), slots)
 
 
 def prompts(count: int = 7) -> list[Prompt]:
@@ -31,10 +32,16 @@ def prompts(count: int = 7) -> list[Prompt]:
     ]
 
 
-def generate(tiny_model: Path, temperature: float, group: int = 2, size: int = 6) -> list[Rollout]:
+def generate(
+    tiny_model: Path,
+    temperature: float,
+    group: int = 2,
+    size: int = 6,
+    slots: int | None = None,
+) -> list[Rollout]:
     sampling = Sampling(temperature, max_new_tokens=12, seed=0, stream="train")
     made = chunks(prompts(), group, size, step=4, version=0, sampling=sampling)
-    worker = engine(tiny_model)
+    worker = engine(tiny_model, slots)
     return [rollout for chunk in made for rollout in worker.generate(chunk)]
 
 
@@ -84,6 +91,55 @@ def test_tokens_do_not_depend_on_the_cut_into_chunks(tiny_model: Path) -> None:
     assert by_key(3) == by_key(64)
 
 
+@pytest.mark.parametrize("slots", [1, 3, 8])
+def test_a_sequence_that_ends_makes_room_for_the_next(tiny_model: Path, slots: int) -> None:
+    """Never more than `slots` at a time, unless a prompt alone has more responses."""
+    whole = generate(tiny_model, temperature=1.5, group=2, size=64)
+    worker = engine(tiny_model, slots)
+    rows: list[int] = []
+    worker._lm.register_forward_pre_hook(
+        lambda lm, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    (chunk,) = chunks(prompts(), 2, 64, 4, 0, Sampling(1.5, 12, 0, "train"))
+    refilled = worker.generate(chunk)
+    assert max(rows) == max(slots, 2)
+    assert sum(rows) < max(slots, 2) * 7 * 12, "ended sequences cost nothing"
+    for one, two in zip(refilled, whole, strict=True):
+        assert (one.prompt.uid, one.index) == (two.prompt.uid, two.index)
+        assert one.tokens_R.tolist() == two.tokens_R.tolist()
+        np.testing.assert_allclose(one.logprobs_R, two.logprobs_R, atol=2e-5)
+
+
+def test_a_prompt_is_read_once_for_all_its_responses(tiny_model: Path) -> None:
+    worker, read = engine(tiny_model), []
+    worker._lm.base_model.register_forward_pre_hook(
+        lambda lm, args, kwargs: read.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    (chunk,) = chunks(prompts(3), 5, 64, 4, 0, Sampling(1.0, 1, 0, "train"))
+    assert len(worker.generate(chunk)) == 15
+    assert [shape[0] for shape in read] == [3]
+
+
+def test_long_responses_outgrow_the_first_columns(tiny_model: Path) -> None:
+    model, worker = plain(tiny_model), engine(tiny_model)
+    (chunk,) = chunks(prompts(2), 1, 8, 4, 0, Sampling(0.0, 50, 0, "train"))
+    for rollout in worker.generate(chunk):
+        tokens = torch.from_numpy(rollout.prompt.tokens_P)[None]
+        expected = model.generate(
+            tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=50,
+            eos_token_id=EOS, pad_token_id=0,
+        )  # fmt: skip
+        assert rollout.tokens_R.tolist() == expected[0, tokens.shape[1] :].tolist()
+
+
+def test_refuses_sequences_beyond_a_sliding_window(tiny_model: Path) -> None:
+    worker = engine(tiny_model)
+    worker._window = 12
+    (chunk,) = chunks(prompts(), 1, 64, 4, 0, Sampling(1.0, 12, 0, "train"))
+    with pytest.raises(ValueError, match="sliding_window"):
+        worker.generate(chunk)
+
+
 def test_other_indices_seeds_and_steps_give_other_tokens(tiny_model: Path) -> None:
     worker = engine(tiny_model)
 
@@ -129,6 +185,23 @@ def test_refuses_another_version_and_wrong_weights(tiny_model: Path) -> None:
     assert worker.generate(chunk)[0].version == 3
 
 
+@pytest.mark.parametrize("vocabulary", [4, 256, 257, 5000])
+def test_drawing_is_the_inverse_of_the_cumulative_distribution(vocabulary: int) -> None:
+    """At uniforms of every size, the two ends among them, with some tokens of probability 0."""
+    generator = torch.Generator().manual_seed(vocabulary)
+    logits = torch.randn(1, vocabulary, generator=generator) * 3
+    logits[0, torch.randperm(vocabulary, generator=generator)[: vocabulary // 3]] = -torch.inf
+    points = torch.linspace(0, 1, 2001, dtype=torch.float64)[:-1]
+    points = torch.cat([points, torch.tensor([1 - 2**-53], dtype=torch.float64)])
+    tokens, _ = draw(logits.expand(len(points), -1), points, Sampling(1.0, 1, 0, "train"))
+    weights = logits[0].log_softmax(-1).exp().double()
+    upto = weights.cumsum(0)
+    assert (weights[tokens] > 0).all()
+    slack = 1e-12
+    assert (upto[tokens] >= points * upto[-1] - slack).all()
+    assert (upto[tokens] - weights[tokens] <= points * upto[-1] + slack).all()
+
+
 @pytest.mark.parametrize(
     ("top_p", "top_k", "kept"),
     [
@@ -145,6 +218,6 @@ def test_evaluation_may_cut_the_tail(top_p: float, top_k: int, kept: int) -> Non
     """Of tokens with 0.5, 0.3, 0.15 and 0.05, in another order, at 1,000 points."""
     logits = torch.tensor([0.15, 0.5, 0.05, 0.3]).log().repeat(1000, 1)
     sampling = Sampling(1.0, 1, 0, "eval", top_p, top_k)
-    tokens, logprobs = _draw(logits, torch.linspace(0, 0.9999, 1000), sampling)
+    tokens, logprobs = draw(logits, torch.linspace(0, 0.9999, 1000), sampling)
     assert set(tokens.tolist()) == set([1, 3, 0, 2][:kept])
     assert torch.allclose(logprobs, logits[0][tokens], atol=1e-6)
