@@ -149,10 +149,10 @@ def _panels(results: Sequence[Result], draw: Callable[[str, Any], None], out: Pa
     for task, axis in zip(tasks, axes[0], strict=True):
         draw(task, axis)
         axis.grid(alpha=0.3)
-    axes[0][-1].legend(fontsize=8)
+    axes[0][-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
     chart.tight_layout()
     out.parent.mkdir(parents=True, exist_ok=True)
-    chart.savefig(out, dpi=120)
+    chart.savefig(out, dpi=120, bbox_inches="tight")
     plt.close(chart)
 
 
