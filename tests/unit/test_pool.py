@@ -1,0 +1,153 @@
+"""Which worker does what: never one that has not received the version, and none waits for one that
+failed.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ppo_dist.data.chunks import chunks
+from ppo_dist.rollout.pool import Pool, WorkerError
+from ppo_dist.types import Chunk, Prompt, Rollout, Sampling, Weights
+from tests.fakes import FakeEngine
+
+PROMPTS = [Prompt(f"p:{i}", "verifiable", "", np.arange(3, 5 + i)) for i in range(6)]
+
+
+def work(version: int) -> list[Chunk]:
+    return chunks(PROMPTS, 1, 1, 0, version, Sampling(1.0, 8, 0, "train"))
+
+
+class Fragile:
+    """A worker that refuses what it is told to refuse, and says which versions it was asked for
+    without having them.
+    """
+
+    def __init__(self) -> None:
+        self.received: set[int] = {0}
+        self.refuses: set[int] = set()
+        self.crashes = 0
+        self.wrong: list[int] = []
+        self.replaced = 0
+        self.gate: threading.Event | None = None
+        self.served: list[int] = []
+
+    def receive(self, weights: Weights) -> None:
+        if weights.version in self.refuses:
+            raise WorkerError("refused")
+        self.received.add(weights.version)
+
+    def timed(self, chunk: Chunk) -> tuple[list[Rollout], float]:
+        if self.gate is not None:
+            self.gate.wait(10)
+        if chunk.version not in self.received:
+            self.wrong.append(chunk.version)
+        if self.crashes:
+            self.crashes -= 1
+            raise WorkerError("crashed", self._replace)
+        self.served.append(chunk.version)
+        engine = FakeEngine()
+        engine.version = chunk.version
+        return engine.generate(chunk), 0.5
+
+    def _replace(self) -> None:
+        self.replaced += 1
+        self.received = {0}
+
+
+def pool(count: int, keep: int = 2) -> tuple[Pool, list[Fragile], list[dict[str, Any]]]:
+    workers, events = [Fragile() for _ in range(count)], []
+
+    def note(event: str, **details: Any) -> None:
+        events.append({"event": event, **details})
+
+    return Pool(workers, keep, note), workers, events
+
+
+def uids(rollouts: list[Rollout]) -> list[str]:
+    return [rollout.prompt.uid for rollout in rollouts]
+
+
+def wanted(version: int = 0) -> list[str]:
+    return [request.prompt.uid for chunk in work(version) for request in chunk.requests]
+
+
+def test_a_version_that_a_worker_refused_is_done_by_the_others() -> None:
+    made, workers, events = pool(2)
+    workers[0].refuses = {1}
+    assert made.load(Weights(1, (), again=False))
+    rollouts = made.collect(made.submit(work(1)))
+    assert uids(rollouts) == wanted(1)
+    assert workers[0].served == [] and workers[1].served == [1] * 6
+    assert events == [
+        {"event": "rollout_worker_failed", "worker": 0, "version": 1, "reason": "refused"}
+    ]
+
+
+def test_what_can_be_had_again_is_given_again_before_the_worker_serves() -> None:
+    made, workers, _ = pool(1)
+    workers[0].refuses = {1}
+    assert not made.load(Weights(1, ()))
+    workers[0].refuses = set()
+    rollouts = made.collect(made.submit(work(1)))
+    assert uids(rollouts) == wanted(1) and workers[0].wrong == []
+
+
+def test_nobody_has_a_version_that_was_sent_once() -> None:
+    made, workers, _ = pool(2)
+    for worker in workers:
+        worker.refuses = {1}
+    assert not made.load(Weights(1, (), again=False))
+    with pytest.raises(WorkerError, match="no rollout worker has version 1"):
+        made.collect(made.submit(work(1)))
+
+
+def test_a_crashed_worker_is_replaced_and_its_chunk_done_again() -> None:
+    made, workers, events = pool(1)
+    assert made.load(Weights(1, ()))
+    workers[0].crashes = 1
+    rollouts = made.collect(made.submit(work(1)))
+    assert uids(rollouts) == wanted(1)
+    assert workers[0].replaced == 1 and workers[0].wrong == []
+    assert [event["reason"] for event in events] == ["crashed"]
+
+
+def test_a_chunk_that_always_fails_ends_it() -> None:
+    made, workers, _ = pool(2)
+    assert made.load(Weights(1, ()))
+    for worker in workers:
+        worker.crashes = 100
+    with pytest.raises(WorkerError, match="failed 3 times: crashed"):
+        made.collect(made.submit(work(1)[:1]))
+
+
+def test_versions_are_kept_apart_while_older_chunks_wait() -> None:
+    made, workers, _ = pool(2)
+    gate = threading.Event()
+    for worker in workers:
+        worker.gate = gate
+    assert made.load(Weights(1, ()))
+    first = made.submit(work(1))
+    assert made.load(Weights(2, ()))
+    second = made.submit(work(2))
+    gate.set()
+    assert {r.version for r in made.collect(second)} == {2}
+    assert {r.version for r in made.collect(first)} == {1}
+    assert made.busy_s() == 6.0 and made.busy_s() == 0.0
+    assert all(worker.wrong == [] for worker in workers)
+
+
+def test_closing_replaces_nobody() -> None:
+    made, workers, _ = pool(1)
+    gate = threading.Event()
+    workers[0].gate, workers[0].crashes = gate, 1
+    ticket = made.submit(work(0)[:1])
+    made.close()
+    gate.set()
+    with pytest.raises(WorkerError):
+        made.collect(ticket)
+    assert workers[0].replaced == 0
