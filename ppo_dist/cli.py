@@ -82,6 +82,31 @@ def _add_beside_training(commands: Commands) -> None:
     command = _add(commands, "label-efficiency", _label_efficiency, what, example)
     _config_arguments(command)
 
+    what = "measure how fast responses are written, against the libraries' own ways"
+    example = "ppo-dist bench models/smollm2-135m --only transformers hf"
+    command = _add(commands, "bench", _bench, what, example)
+    command.add_argument("model", help="model folder")
+    command.add_argument(
+        "--only",
+        nargs="+",
+        metavar="NAME",
+        default=["transformers", "hf"],
+        help="of transformers, hf, vllm-alone, vllm (default: the first two)",
+    )
+    for name, default, meaning in (
+        ("sequences", 128, "responses"),
+        ("slots", 32, "sequences that hf, or a batch of transformers, decodes at a time"),
+        ("prompt-tokens", 48, "longest prompt; the shortest is half of it"),
+        ("max-new-tokens", 256, "longest response"),
+        ("threads", 1, "CPU threads"),
+        ("repeats", 3, "rounds that count"),
+    ):
+        command.add_argument(f"--{name}", type=int, default=default, help=meaning)
+    command.add_argument(
+        "--ends", type=float, default=0.015, help="share of the vocabulary that ends a response"
+    )
+    command.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
+
     what = "turn a checkpoint into a Hugging Face folder"
     example = "ppo-dist export runs/quickstart/checkpoints/step-00000100 out/"
     command = _add(commands, "export", _export, what, example)
@@ -161,6 +186,16 @@ def _label_efficiency(arguments: argparse.Namespace) -> int:
     from ppo_dist.study.efficiency import label_efficiency
 
     return label_efficiency(study, arguments.config, Console())
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from ppo_dist.study.bench import Job, bench_rollout
+
+    keys = Job.__dataclass_fields__
+    job = Job(**{key: value for key, value in vars(arguments).items() if key in keys})
+    return bench_rollout(job, arguments.only, Console())
 
 
 def _export(arguments: argparse.Namespace) -> int:

@@ -13,14 +13,17 @@ from ppo_dist.protocols import RolloutEngine
 if TYPE_CHECKING:
     from ppo_dist.device import DeviceKind
 
+# mean difference of log-probabilities, in nats, between vLLM and the learners' model
+PROOF_TOLERANCE = {"fp32": 1e-3, "bf16": 0.1}
+
 
 def engine(config: Config, model_path: str, kind: DeviceKind) -> Callable[[], RolloutEngine]:
     """Makes the engine, in the process that generates, with the model as it is on disk."""
     match config.rollout.engine:
         case HfEngine():
             return functools.partial(_hf, config, model_path, kind)
-        case VllmEngine():
-            return functools.partial(_vllm, config, model_path, kind)
+        case VllmEngine() as section:
+            return functools.partial(_vllm, config, model_path, kind, section)
 
 
 def _hf(config: Config, model_path: str, kind: DeviceKind) -> RolloutEngine:
@@ -38,8 +41,17 @@ def _hf(config: Config, model_path: str, kind: DeviceKind) -> RolloutEngine:
     return HfEngine(lm, tokenizer, stops, torch_device, config.rollout.slots)
 
 
-def _vllm(config: Config, model_path: str, kind: DeviceKind) -> RolloutEngine:
-    from ppo_dist.rollout.vllm import VllmEngine
+def _vllm(config: Config, model_path: str, kind: DeviceKind, section: VllmEngine) -> RolloutEngine:
+    from transformers import AutoTokenizer
 
-    made: RolloutEngine = VllmEngine(config, model_path, kind)
+    from ppo_dist.device import DTYPES
+    from ppo_dist.models.policy import load_policy, stop_tokens
+    from ppo_dist.rollout import vllm
+
+    trust, dtype = config.model.trust_remote_code, config.learner.dtype
+    llm = vllm.open_llm(model_path, section, dtype, config.rollout.threads, kind, trust)
+    tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust)
+    bucket_bytes = config.transport.bucket_mb * 2**20
+    made = vllm.VllmEngine(llm, tokenizer, stop_tokens(model_path, tokenizer), bucket_bytes)
+    made.prove_loading(load_policy(model_path, DTYPES[dtype], trust), PROOF_TOLERANCE[dtype])
     return made

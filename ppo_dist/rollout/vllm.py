@@ -9,15 +9,15 @@ told back.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from vllm.config import WeightTransferConfig
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
@@ -31,9 +31,8 @@ from vllm.model_executor.model_loader.reload import (
 )
 
 from ppo_dist import device
-from ppo_dist.config import Config
 from ppo_dist.config.workers import VllmEngine as VllmSection
-from ppo_dist.models.policy import load_policy, stop_tokens
+from ppo_dist.device import DeviceKind
 from ppo_dist.protocols import NamedTensors, WeightsError
 from ppo_dist.rollout.sampling import seed
 from ppo_dist.transport.wire import Bucket, Part, buckets, of_all
@@ -42,7 +41,6 @@ from ppo_dist.types import Chunk, Request, Rollout, Sampling
 BACKEND = "ppo_dist"
 SEEDS = 2**62  # vLLM's are 64-bit and signed, and it adds the index of a response
 LOUDNESS = 0.3  # of the noise that proves loading, in standard deviations of a parameter
-TOLERANCE = {"fp32": 1e-3, "bf16": 0.1}  # mean difference of log-probabilities, in nats
 SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -109,49 +107,78 @@ if BACKEND not in WeightTransferEngineFactory._registry:
     WeightTransferEngineFactory.register_engine(BACKEND, BucketEngine)
 
 
+def open_llm(
+    model_path: str,
+    section: VllmSection,
+    dtype: Literal["fp32", "bf16"],
+    threads: int,
+    kind: DeviceKind,
+    trust_remote_code: bool = False,
+) -> Any:
+    """vLLM's `LLM` with the model as it is on disk, ready for `VllmEngine`."""
+    device.before_vllm(kind, threads, section.kv_cache_gb)
+    from vllm import LLM
+
+    return LLM(
+        model=model_path,
+        skip_tokenizer_init=True,
+        trust_remote_code=trust_remote_code,
+        dtype={"fp32": "float32", "bf16": "bfloat16"}[dtype],
+        tensor_parallel_size=section.tensor_parallel,
+        max_model_len=section.max_model_tokens,
+        enable_prefix_caching=section.prefix_caching,
+        enforce_eager=not section.compile,
+        logprobs_mode="processed_logprobs",
+        worker_extension_cls=f"{__name__}.{WorkerSide.__name__}",
+        weight_transfer_config=WeightTransferConfig(backend=BACKEND),
+        disable_log_stats=True,
+        **device.vllm_memory(kind, section.memory_share),
+    )
+
+
+def parameters(
+    sampling: Sampling, stops: Sequence[int], first_seed: int, responses: int = 1
+) -> Any:
+    """vLLM's `SamplingParams` for all responses to a prompt: response i gets the seed plus i."""
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        n=responses,
+        seed=first_seed % SEEDS,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        max_tokens=sampling.max_new_tokens,
+        stop_token_ids=list(stops),
+        logprobs=0,
+        detokenize=False,
+    )
+
+
 class VllmEngine:
     """See RolloutEngine. Tokens in, tokens out; each response has a seed of its own."""
 
-    def __init__(self, config: Config, model_path: str, kind: device.DeviceKind) -> None:
-        section = config.rollout.engine
-        assert isinstance(section, VllmSection), "chosen by kind"
-        self._bucket_bytes = config.transport.bucket_mb * 2**20
-        self._tokenizer = AutoTokenizer.from_pretrained(
-            model_path, trust_remote_code=config.model.trust_remote_code
-        )
-        self._stops = sorted(stop_tokens(model_path, self._tokenizer))
-        device.before_vllm(kind, config.rollout.threads, section.kv_cache_gb)
-        from vllm import LLM
-
-        self._llm = LLM(
-            model=model_path,
-            skip_tokenizer_init=True,
-            trust_remote_code=config.model.trust_remote_code,
-            dtype={"fp32": "float32", "bf16": "bfloat16"}[config.learner.dtype],
-            tensor_parallel_size=section.tensor_parallel,
-            max_model_len=section.max_model_tokens,
-            enable_prefix_caching=section.prefix_caching,
-            enforce_eager=not section.compile,
-            logprobs_mode="processed_logprobs",
-            worker_extension_cls=f"{__name__}.{WorkerSide.__name__}",
-            weight_transfer_config=WeightTransferConfig(backend=BACKEND),
-            disable_log_stats=True,
-            **device.vllm_memory(kind, section.memory_share),
-        )
+    def __init__(
+        self,
+        llm: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        stops: frozenset[int],
+        bucket_bytes: int,
+    ) -> None:
+        self._llm, self._tokenizer = llm, tokenizer
+        self._stops, self._bucket_bytes = sorted(stops), bucket_bytes
         self._llm.collective_rpc("init_weight_transfer_engine", args=({},))
-        self._version: int | None = None
-        self._prove_loading(config, model_path)
+        self._version: int | None = 0  # the model as it was read from disk
 
-    def _prove_loading(self, config: Config, model_path: str) -> None:
-        """Loads weights far from the model's own, embedding and head among them, and then its own
-        again, as version 0; both times what vLLM says of some tokens must be what the learners'
-        model says. In bf16 an update of training could not tell: it is smaller than the noise.
+    def prove_loading(self, lm: PreTrainedModel, tolerance: float) -> None:
+        """Loads weights far from those of `lm` (the learners' model, as it is on disk), embedding
+        and head among them, and then its own, as version 0; both times what vLLM says of some
+        tokens must be what `lm` says, within `tolerance` nats on average. In bf16 an update of
+        training could not tell: it is smaller than the noise.
 
         Raises:
             WeightsError: it says something else.
         """
-        dtype, tolerance = device.DTYPES[config.learner.dtype], TOLERANCE[config.learner.dtype]
-        lm = load_policy(model_path, dtype, config.model.trust_remote_code)
         own = {name: p.detach().clone() for name, p in lm.named_parameters()}
         generator = torch.Generator().manual_seed(0)
         tokens_BT = torch.randint(lm.config.vocab_size, (4, 16), generator=generator)
@@ -159,7 +186,7 @@ class VllmEngine:
         with torch.no_grad():
             for parameter in lm.parameters():
                 noise = torch.randn(parameter.shape, generator=generator)
-                parameter.add_((LOUDNESS * parameter.float().std() * noise).to(dtype))
+                parameter.add_((LOUDNESS * parameter.float().std() * noise).to(parameter.dtype))
         after = _logprobs(lm, tokens_BT)
         assert float((after - before).abs().mean()) > 4 * tolerance, "not loud enough to tell"
         for version, expected, weights in (
@@ -229,30 +256,21 @@ class VllmEngine:
                 f"asked for version {chunk.version}, version {self._version} is loaded"
             )
         prompts = [{"prompt_token_ids": r.prompt.tokens_P.tolist()} for r in chunk.requests]
-        parameters = [self._sampling(r, chunk.step, chunk.sampling) for r in chunk.requests]
-        outputs = self._llm.generate(prompts, parameters, use_tqdm=False)
+        asked = [
+            parameters(
+                chunk.sampling,
+                self._stops,
+                seed(chunk.sampling, chunk.step, r.prompt.uid, r.indices[0]),
+                len(r.indices),
+            )
+            for r in chunk.requests
+        ]
+        outputs = self._llm.generate(prompts, asked, use_tqdm=False)
         return [
             self._rollout(request, index, completion, chunk.version)
             for request, output in zip(chunk.requests, outputs, strict=True)
             for index, completion in zip(request.indices, output.outputs, strict=True)
         ]
-
-    def _sampling(self, request: Request, step: int, sampling: Sampling) -> Any:
-        """Of all responses to a prompt: vLLM gives response i the seed plus i."""
-        from vllm import SamplingParams
-
-        first = request.indices[0]
-        return SamplingParams(
-            n=len(request.indices),
-            seed=seed(sampling, step, request.prompt.uid, first) % SEEDS,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            max_tokens=sampling.max_new_tokens,
-            stop_token_ids=self._stops,
-            logprobs=0,
-            detokenize=False,
-        )
 
     def _rollout(self, request: Request, index: int, completion: Any, version: int) -> Rollout:
         tokens_R = np.array(completion.token_ids, np.int64)

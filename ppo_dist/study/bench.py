@@ -1,0 +1,216 @@
+"""`ppo-dist bench`: how fast responses are written, against the libraries' own ways.
+
+Each contender runs in a process of its own, one after the other, and does the same job several
+times; the first time does not count.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from ppo_dist.config import InputError
+from ppo_dist.config.workers import VllmEngine
+from ppo_dist.data.chunks import chunks
+from ppo_dist.device import DTYPES, available, prepare
+from ppo_dist.protocols import RolloutEngine
+from ppo_dist.types import Chunk, Prompt, Sampling
+
+Run = Callable[[int], list[int]]  # the lengths of all responses of a round
+CONTENDERS = ("transformers", "hf", "vllm-alone", "vllm")
+AGAINST = {"hf": "transformers", "vllm": "vllm-alone"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """Responses to random prompts. `ends` tokens of the vocabulary, chosen at random, end one, so
+    that lengths are mixed: about geometric, with the mean that this share gives.
+
+    Example: Job(model="models/smollm2-135m", sequences=128, slots=32, prompt_tokens=48,
+    max_new_tokens=256, ends=0.015, dtype="fp32", threads=2, repeats=3)
+    """
+
+    model: str
+    sequences: int
+    slots: int
+    prompt_tokens: int
+    max_new_tokens: int
+    ends: float
+    dtype: Literal["fp32", "bf16"]
+    threads: int
+    repeats: int
+
+
+def bench_rollout(job: Job, contenders: list[str], console: Console) -> int:
+    """Prints tokens per second of each contender, and ours against the library's own way. Returns
+    the exit code.
+
+    Raises:
+        InputError: a contender is not known.
+    """
+    unknown = set(contenders) - set(CONTENDERS)
+    if unknown:
+        raise InputError(f"{min(unknown)} is not one of {', '.join(CONTENDERS)}")
+    speeds: dict[str, float] = {}
+    table = Table("", "tokens/s", "median seconds", "tokens", "lengths", "ratio")
+    for name in contenders:
+        command = [sys.executable, "-m", "ppo_dist.study.bench", name, json.dumps(asdict(job))]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(job.threads), "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        if done.returncode:
+            console.print(f"{name}: failed\n{done.stderr[-2000:]}", markup=False)
+            return 1
+        found = json.loads(done.stdout.splitlines()[-1])
+        seconds = statistics.median(s for s, _ in found["rounds"])
+        speeds[name] = statistics.median(tokens / s for s, tokens in found["rounds"])
+        against = AGAINST.get(name, "")
+        ratio = f"{speeds[name] / speeds[against]:.2f} x {against}" if against in speeds else ""
+        tokens = str(found["rounds"][-1][1])
+        lengths = found["lengths"]
+        table.add_row(name, f"{speeds[name]:.0f}", f"{seconds:.1f}", tokens, lengths, ratio)
+    console.print(table)
+    return 0
+
+
+def _prompts(job: Job, vocabulary: int) -> list[Prompt]:
+    generator = np.random.default_rng(0)
+    lengths = generator.integers(job.prompt_tokens // 2, job.prompt_tokens + 1, job.sequences)
+    return [
+        Prompt(f"p:{i}", "verifiable", "", generator.integers(0, vocabulary, length))
+        for i, length in enumerate(lengths)
+    ]
+
+
+def _stops(job: Job, vocabulary: int) -> list[int]:
+    count = max(1, round(job.ends * vocabulary))
+    chosen = np.random.default_rng(1).choice(vocabulary, count, replace=False)
+    return sorted(int(token) for token in chosen)
+
+
+def _chunk(job: Job, vocabulary: int, number: int) -> Chunk:
+    sampling = Sampling(1.0, job.max_new_tokens, number, "train")
+    (chunk,) = chunks(_prompts(job, vocabulary), 1, job.sequences, 0, 0, sampling)
+    return chunk
+
+
+def _vllm_section(job: Job) -> VllmEngine:
+    return VllmEngine(kind="vllm", max_model_tokens=job.prompt_tokens + job.max_new_tokens)
+
+
+def _hf(job: Job) -> Run:
+    from transformers import AutoTokenizer
+
+    from ppo_dist.models.policy import load_policy
+    from ppo_dist.rollout.hf import HfEngine
+
+    where = prepare(available(), job.threads)
+    lm = load_policy(job.model, DTYPES[job.dtype])
+    stops = frozenset(_stops(job, lm.config.vocab_size))
+    made = HfEngine(lm, AutoTokenizer.from_pretrained(job.model), stops, where, job.slots)
+    return lambda number: _lengths(made, job, lm.config.vocab_size, number)
+
+
+def _vllm(job: Job) -> Run:
+    from transformers import AutoTokenizer
+
+    from ppo_dist.rollout import vllm
+
+    llm = vllm.open_llm(job.model, _vllm_section(job), job.dtype, job.threads, available())
+    vocabulary = _vocabulary(job)
+    stops = frozenset(_stops(job, vocabulary))
+    made = vllm.VllmEngine(llm, AutoTokenizer.from_pretrained(job.model), stops, 2**28)
+    return lambda number: _lengths(made, job, vocabulary, number)
+
+
+def _lengths(made: RolloutEngine, job: Job, vocabulary: int, number: int) -> list[int]:
+    return [len(r.tokens_R) for r in made.generate(_chunk(job, vocabulary, number))]
+
+
+def _transformers(job: Job) -> Run:
+    """`generate` in batches of as many sequences as ours decodes at a time."""
+    from transformers import AutoModelForCausalLM
+
+    where = prepare(available(), job.threads)
+    lm = AutoModelForCausalLM.from_pretrained(job.model, dtype=DTYPES[job.dtype]).eval()
+    lm = lm.to(where)
+    vocabulary = _vocabulary(job)
+    stops = _stops(job, vocabulary)
+
+    def run(number: int) -> list[int]:
+        torch.manual_seed(number)
+        ordered = sorted(_prompts(job, vocabulary), key=lambda p: -len(p.tokens_P))
+        lengths: list[int] = []
+        for begin in range(0, len(ordered), job.slots):
+            batch = [torch.from_numpy(p.tokens_P) for p in ordered[begin : begin + job.slots]]
+            width = max(map(len, batch))
+            tokens = torch.stack([torch.nn.functional.pad(t, (width - len(t), 0)) for t in batch])
+            mask = torch.stack(
+                [torch.nn.functional.pad(torch.ones_like(t), (width - len(t), 0)) for t in batch]
+            )
+            out = lm.generate(
+                tokens.to(lm.device),
+                attention_mask=mask.to(lm.device),
+                do_sample=True,
+                top_k=0,
+                max_new_tokens=job.max_new_tokens,
+                eos_token_id=stops,
+                pad_token_id=stops[0],
+            )
+            for row in out[:, width:].tolist():
+                ends = [n for n, token in enumerate(row) if token in set(stops)]
+                lengths.append(ends[0] + 1 if ends else len(row))
+        return lengths
+
+    return run
+
+
+def _vllm_alone(job: Job) -> Run:
+    """`LLM.generate` with the settings of our engine's one, all prompts at once."""
+    from ppo_dist.rollout import vllm
+
+    llm = vllm.open_llm(job.model, _vllm_section(job), job.dtype, job.threads, available())
+    vocabulary = _vocabulary(job)
+    stops = _stops(job, vocabulary)
+    prompts = [{"prompt_token_ids": p.tokens_P.tolist()} for p in _prompts(job, vocabulary)]
+
+    def run(number: int) -> list[int]:
+        sampling = Sampling(1.0, job.max_new_tokens, number, "train")
+        asked = [vllm.parameters(sampling, stops, n) for n in range(len(prompts))]
+        outputs = llm.generate(prompts, asked, use_tqdm=False)
+        return [len(output.outputs[0].token_ids) for output in outputs]
+
+    return run
+
+
+def _vocabulary(job: Job) -> int:
+    from transformers import AutoConfig
+
+    return int(AutoConfig.from_pretrained(job.model).vocab_size)
+
+
+def _main(name: str, job: Job) -> None:
+    start = {"transformers": _transformers, "hf": _hf, "vllm": _vllm, "vllm-alone": _vllm_alone}
+    run = start[name](job)
+    rounds, lengths = [], []
+    for number in range(job.repeats + 1):
+        begin = time.perf_counter()
+        lengths = run(number)
+        rounds.append((time.perf_counter() - begin, sum(lengths)))
+    spread = f"{min(lengths)} to {max(lengths)}, mean {statistics.mean(lengths):.0f}"
+    print(json.dumps({"rounds": rounds[1:], "lengths": spread}))
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1], Job(**json.loads(sys.argv[2])))
