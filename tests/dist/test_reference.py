@@ -7,7 +7,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -250,10 +250,11 @@ class Probes:
 
     def start(self, config: Config, folder: str) -> None:
         seats = [Seat(r, self.world, *self._meeting, "cpu") for r in range(self.world)]
-        sender = StoreSender(2**20)
+        make_sender = partial(StoreSender, 2**20)
+        ray.get([a.open.remote(make_sender) for a in self._actors])
         ray.get(
             [
-                a.start.remote(config, folder, sender, seat, None)
+                a.start.remote(config, folder, seat, None)
                 for a, seat in zip(self._actors, seats, strict=True)
             ]
         )
