@@ -36,7 +36,7 @@ ALLOWED = {
 }  # fmt: skip
 HEAVY = {
     "torch": {"types", "protocols", "device", "algo", "semi", "models", "transport", "rollout",
-              "learner", "coordinator", "fetch"},
+              "learner", "coordinator", "fetch", "study.bench"},
     "deepspeed": {"learner.engine"},
     "ray": {"cluster", "transport.store"},
     "wandb": {"tracking.wandb"},

@@ -112,7 +112,8 @@ def rollout_pool(config: Config, model_path: str) -> Iterator[RolloutPool]:
         from ppo_dist.transport.memory import MemoryReceiver
 
         kind, threads = _local_device(config), config.rollout.threads
-        worker = RolloutWorker(engine(config, model_path, kind)(), MemoryReceiver())
+        worker = RolloutWorker(MemoryReceiver())
+        worker.start(engine(config, model_path, kind))
         keep = config.stream.max_lag + 2
         with contextlib.closing(
             Pool([worker], keep, prepare=lambda: prepare(kind, threads))

@@ -22,21 +22,16 @@ MakeReceiver = Callable[[], WeightReceiver]
 
 
 class RolloutActor(RolloutWorker):
-    """A RolloutWorker that first opens its end of the transport, and loads the model when told."""
+    """A RolloutWorker that opens its end of the transport by itself."""
 
     def __init__(self, make_receiver: MakeReceiver) -> None:
-        """Loads nothing yet; `start` does what RolloutWorker's constructor does."""
-        self._opened = make_receiver()
+        super().__init__(make_receiver())
 
     def probe(self, weights: Weights, deadline_s: float) -> None:
         """Takes weights from end to end without a model."""
-        self._opened.receive(weights, deadline_s)
-        for _ in self._opened.fetch(weights):
+        self._receiver.receive(weights, deadline_s)
+        for _ in self._receiver.fetch(weights):
             pass
-
-    def start(self, make_engine: MakeEngine) -> None:
-        """Loads the model."""
-        RolloutWorker.__init__(self, make_engine(), self._opened)
 
 
 @dataclass(frozen=True)

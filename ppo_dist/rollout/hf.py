@@ -189,8 +189,12 @@ class HfEngine:
         for q, tokens_P in enumerate(prompts):
             tokens_QP[q, : len(tokens_P)] = torch.from_numpy(tokens_P)
         cache = DynamicCache()
+        tokens_QP = tokens_QP.to(self._device)
         hidden_QPD = self._lm.base_model(
-            input_ids=tokens_QP.to(self._device), past_key_values=cache, use_cache=True
+            input_ids=tokens_QP,
+            attention_mask=torch.ones_like(tokens_QP),
+            past_key_values=cache,
+            use_cache=True,
         ).last_hidden_state
         last_QD = hidden_QPD[torch.arange(len(prompts), device=self._device), lengths - 1]
         return cache, self._lm.get_output_embeddings()(last_QD)

@@ -57,7 +57,8 @@ def _inverse(weights_BV: torch.Tensor, uniforms_B: torch.Tensor) -> torch.Tensor
     rest_B1 = point_B1 - before_BK[rows, block_B][:, None]
     end_B1 = torch.nextafter(inner_BT[:, -1:], torch.zeros_like(rest_B1))
     token_B = torch.searchsorted(inner_BT, torch.minimum(rest_B1, end_B1), right=True)[:, 0]
-    return block_B * BLOCK + token_B
+    # where weights are not numbers, any token will do: the learners notice
+    return (block_B * BLOCK + token_B).clamp(max=weights_BV.shape[1] - 1)
 
 
 def _cut(probabilities_BV: torch.Tensor, sampling: Sampling) -> torch.Tensor:

@@ -5,6 +5,7 @@ Ray actor.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from ppo_dist.protocols import RolloutEngine, WeightReceiver
 from ppo_dist.types import Chunk, Rollout, Weights
@@ -17,10 +18,14 @@ class RolloutWorker:
     asks for them.
     """
 
-    def __init__(self, engine: RolloutEngine, receiver: WeightReceiver) -> None:
-        self._engine, self._receiver = engine, receiver
+    def __init__(self, receiver: WeightReceiver) -> None:
+        self._receiver = receiver
         self._received: dict[int, Weights] = {}
         self._loaded: int | None = 0  # the model as it is on disk
+
+    def start(self, make_engine: Callable[[], RolloutEngine]) -> None:
+        """Loads the model. Versions can be received before."""
+        self._engine = make_engine()
 
     def receive(self, weights: Weights, deadline_s: float = 0.0) -> None:
         """Waits for a version and keeps it for the chunks that will ask for it.

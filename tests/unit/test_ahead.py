@@ -168,7 +168,7 @@ def test_a_lag_of_one_nearly_halves_a_step_whose_two_halves_are_equal(tmp_path: 
     seconds = 0.1
     rows = {}
     for lag in (0, 1):
-        pool = Pool([SleepyWorker(seconds)])
+        pool = Pool([SleepyWorker(seconds)], keep=3)
         sections: dict[str, Any] = {"rollout": {"chunk": 100}, "eval": {"every": 0}}
         rig = Rig(
             tmp_path / str(lag),

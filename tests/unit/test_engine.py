@@ -185,6 +185,12 @@ def test_refuses_another_version_and_wrong_weights(tiny_model: Path) -> None:
     assert worker.generate(chunk)[0].version == 3
 
 
+def test_what_is_not_a_number_still_gives_a_token() -> None:
+    logits = torch.full((2, 300), torch.nan)
+    tokens, logprobs = draw(logits, torch.tensor([0.0, 0.9]), Sampling(1.0, 1, 0, "train"))
+    assert (tokens < 300).all() and logprobs.isnan().all()
+
+
 @pytest.mark.parametrize("vocabulary", [4, 256, 257, 5000])
 def test_drawing_is_the_inverse_of_the_cumulative_distribution(vocabulary: int) -> None:
     """At uniforms of every size, the two ends among them, with some tokens of probability 0."""
