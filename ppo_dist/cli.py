@@ -1,4 +1,4 @@
-"""The command line: `ppo-dist train | eval | bench | label-efficiency | export | replay | fetch`."""
+"""The command line of `ppo-dist`: train, eval, bench, label-efficiency, export, replay, fetch."""
 
 from __future__ import annotations
 

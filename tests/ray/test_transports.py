@@ -39,7 +39,8 @@ from ppo_dist.types import Prompt, Sampling
 from tests.conftest import raw_config
 
 DEADLINE_S = 4.0
-KINDS = ("store", "collective", "disk")
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("store", "disk")]
+KINDS = ["collective", *SLOW]
 PROMPTS = [Prompt(f"p:{i}", "verifiable", "", np.arange(3, 5 + i)) for i in range(8)]
 CHUNKS = chunks(PROMPTS, 2, 2, 2, version=1, sampling=Sampling(1.0, 8, 0, "train"))
 
