@@ -181,6 +181,9 @@ def test_refuses_another_version_and_wrong_weights(tiny_model: Path) -> None:
         worker.load(3, [(n, t) for n, t in good.items() if n != name])
     with pytest.raises(ValueError, match=name):
         worker.load(3, [(name, torch.zeros(3))])
+    (older,) = chunks(prompts(1), 1, 8, 0, 0, Sampling(1.0, 2, 0, "train"))
+    with pytest.raises(ValueError, match="version None is loaded"):
+        worker.generate(older)  # of which a part may have been overwritten
     worker.load(3, good.items())
     assert worker.generate(chunk)[0].version == 3
 
