@@ -5,7 +5,7 @@ workers.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ppo_dist import build
@@ -99,7 +99,8 @@ class Journey:
             outcome, loop = self._once(checkpoint, state, pending, interrupted)
             if outcome != "roll_back":
                 return outcome, loop
-            checkpoint, state, pending = self._back(loop.state), loop.state, loop.pending
+            pending = loop.pending
+            checkpoint, state = self._back(loop.state)
 
     def _once(
         self,
@@ -119,18 +120,26 @@ class Journey:
             loop = Loop(config, self.memory, parts, state, pending)
             return loop.run(interrupted), loop
 
-    def _back(self, state: RunState) -> Path:
-        """The best evaluation's checkpoint; what was learned since is forgotten, while time and
-        data go on.
+    def _back(self, state: RunState) -> tuple[Path, RunState]:
+        """The best evaluation's checkpoint, and the run's state with it: what was learned since is
+        forgotten, while time and data go on.
+
+        Raises:
+            InputError: there is none, as in a run that was resumed with this guard.
         """
         folder = Path(self.config.run.dir)
         checkpoint = Checkpoints(folder, 1).of_step(state.best_step)
-        assert checkpoint is not None, "the loop saves it where the guard may go back"
-        self.memory.load_state_dict(read_state(checkpoint)[1], ["experience", "unlabelled"])
+        if checkpoint is None:
+            raise InputError(
+                f"{folder}: the guard would roll back, but the best evaluation has no checkpoint "
+                "(only a run that began with such a guard keeps it)"
+            )
+        then, parts = read_state(checkpoint)
+        self.memory.load_state_dict(parts, ["experience", "unlabelled"])
         self.memory.guard.rolled_back(state.step)
         self.memory.ahead.forget()
         record_event(folder, "rolled_back", step=state.step, to_step=state.best_step)
-        return checkpoint
+        return checkpoint, replace(state, reinforced=then.reinforced)
 
 
 def remembered(config: Config, encoded: Encoded) -> Memory:

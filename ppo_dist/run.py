@@ -36,6 +36,8 @@ FIXED = (
     "algorithm.advantage.kind",
     "critic.shared",
     "reference",
+    "semi.gate",
+    "semi.probe",
 )
 
 
@@ -64,7 +66,12 @@ def train(config: Config, resume: bool | Path, console: Console) -> int:
         console.print(f"{count} prompts longer than data.max_prompt_tokens were {what}")
     memory = remembered(config, encoded)
     if checkpoint is not None:
-        memory.load_state_dict(saved)
+        try:
+            memory.load_state_dict(saved)
+        except (ValueError, KeyError) as error:
+            raise InputError(
+                f"{checkpoint}: does not go with this config and this data: {error}"
+            ) from None
         record_event(folder, "resumed", step=state.step)
     tracker = _tracker(config, folder, state, checkpoint is not None, console)
     try:
@@ -128,6 +135,8 @@ def _starting_point(
         return None, RunState(), {}
     state, parts = read_state(chosen)
     console.print(f"resuming from {chosen}")
+    for name in Checkpoints(folder, config.train.keep_checkpoints).set_aside_after(state.step):
+        console.print(f"set aside: {name}")
     return chosen, state, parts
 
 

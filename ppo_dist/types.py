@@ -173,6 +173,11 @@ class Score:
     fault: str | None = None
     ballot: Ballot | None = None
 
+    @property
+    def is_right(self) -> bool:
+        """Whether it is full marks: 1 or more, rounding aside."""
+        return self.value >= 1 - 1e-9
+
 
 @dataclass(frozen=True, eq=False)
 class Scored:

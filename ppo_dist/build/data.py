@@ -50,6 +50,11 @@ def check(config: Config) -> Rows:
         for origin in ORIGINS:
             refuse_overlap(name, rows, origin, prompts[origin])
     prompts["labelled"], probe = parted(prompts["labelled"], config.semi.probe, config.run.seed)
+    if config.semi.probe and not (probe and prompts["labelled"]):
+        raise InputError(
+            f"semi.probe {config.semi.probe:g} of {len(probe) + len(prompts['labelled'])} labelled "
+            f"prompts is {len(probe)}: some must be in it, and some must not"
+        )
     prompts["unlabelled"] = [*prompts["unlabelled"], *map(without_answer, probe)]
     return Rows(prompts, held_out, test, probe)
 

@@ -103,6 +103,13 @@ def _unlabelled(c: Config) -> Iterator[str]:
         yield "semi.pseudo has nothing to take from: mix.shares of all its origins are 0"
     if semi.probe and (c.reward.labelled is None or not uses(c, "unlabelled")):
         yield "semi.probe needs reward.labelled, and mix.shares.unlabelled above 0"
+    if votes(c.reward.labelled):
+        yield "reward.labelled sees answers and judges the held-out set: it must not be vote"
+    mu = c.mix.schedule
+    mixed = mu.then if isinstance(mu, SupervisedFirst) else mu
+    for name, check in dict(semi.guard).items():
+        if getattr(check, "action", None) == "raise_mu" and peak(mixed) == 0:
+            yield f"semi.guard.{name} cannot raise_mu: μ (mix.schedule) is 0 where it would"
     for origin in ORIGINS:
         if uses(c, origin) and votes(_of(c.reward, origin)) and c.rollout.group_size < 2:
             yield f"reward.{origin} is a vote: rollout.group_size must be 2 or more"

@@ -150,10 +150,12 @@ class Loop:
         self._memory.schedule.observe(self.state.step - 1, row)
         self.watch.row(self.state.step, row)
         row |= self._memory.guard.metrics
+        is_best = self._goes_back and self.state.best_step == self.state.step
         if self.watch.rolls_back:
+            if is_best:
+                self.save()  # this is where it goes back to
             self.pending = row | timings(watch.seconds, row, busy_s)
             return
-        is_best = self._goes_back and self.state.best_step == self.state.step
         if is_best or self._is_due(self._config.train.checkpoint_every):
             with watch("save"):
                 self.save()

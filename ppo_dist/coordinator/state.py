@@ -53,6 +53,18 @@ class Checkpoints:
                 shutil.rmtree(old)
         return folder
 
+    def set_aside_after(self, step: int) -> list[str]:
+        """Renames the checkpoints of later steps, since a run that goes on from here makes others.
+        Returns their new names.
+        """
+        later = [folder for folder in self._all() if folder.name > f"step-{step:08d}"]
+        moved = []
+        for folder in later:
+            target = folder.with_name(f"abandoned-{folder.name}")
+            shutil.rmtree(target, ignore_errors=True)
+            moved.append(folder.rename(target).name)
+        return moved
+
     def of_step(self, step: int | None) -> Path | None:
         """The checkpoint that was written after a step, if there is one."""
         folder = self._folder / f"step-{step:08d}" if step is not None else None

@@ -35,12 +35,12 @@ class Probe:
         for given, true in pairs:
             ballot = given.score.ballot
             if ballot and ballot.vote.label is not None and ballot.answer == ballot.vote.label:
-                labels[given.rollout.prompt.uid] = true.value >= 1
+                labels[given.rollout.prompt.uid] = true.is_right
         return {
             "pseudo/label_accuracy_probe": mean([v for u, v in labels.items() if u in admitted]),
             "pseudo/label_accuracy_probe_all": mean(list(labels.values())),
             "pseudo/reward_accuracy_probe": mean(
-                [(given.score.value >= 1) == (true.value >= 1) for given, true in pairs]
+                [given.score.is_right == true.is_right for given, true in pairs]
             ),
         }
 
@@ -64,6 +64,8 @@ class Unlabelled:
         """
         self.metrics = {}
         if not scored:
+            if self._buffer is not None:
+                self._buffer.expire(step)
             return []
         groups = {u: g for u, g in by_prompt(scored).items() if is_unlabelled(g)}
         judged = {u for u, group in groups.items() if any(map(_is_judged, group))}

@@ -32,7 +32,12 @@ class Watch:
         self._gap_limit = config.rollout.max_logprob_gap
         self._in_a_row = 0
         self.verdict: str | None = None
-        self.rolls_back = False  # whether the run must go on from its best policy
+        self._went_wrong = False
+
+    @property
+    def rolls_back(self) -> bool:
+        """Whether the run must go on from its best policy; not one that must stop."""
+        return self._went_wrong and self.verdict is None
 
     def updates(
         self,
@@ -58,9 +63,11 @@ class Watch:
             )
 
     def row(self, step: int, row: Row) -> None:
-        """Compares what generated with what learns, and asks the guard."""
-        gap = row.get("rollout/logprob_gap")
-        if gap is not None and not gap <= self._gap_limit:
+        """Compares what generated with what learns, where both are of one version, and asks the
+        guard.
+        """
+        gap, lag = row.get("rollout/logprob_gap"), row.get("rollout/version_lag")
+        if gap is not None and not lag and not gap <= self._gap_limit:
             self._tracker.alert(
                 step,
                 f"rollout workers and learners disagree: log-probabilities differ by {gap:.3g}",
@@ -69,7 +76,7 @@ class Watch:
             )
         for decision in self._guard.observe(step, row):
             self._tracker.alert(step, f"guard: {decision.action}", decision.reason)
-            self.rolls_back |= decision.action == "roll_back"
+            self._went_wrong |= decision.action == "roll_back"
             if decision.action == "stop":
                 self.verdict = decision.reason
 

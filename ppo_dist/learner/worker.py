@@ -211,13 +211,24 @@ class LearnerWorker:
         self._policy.load(folder / "policy")
         self._reinforced = (folder / REINFORCED).exists()
         if self._reinforced:
-            kept = folder / "reference"
-            self._reference_folder = kept if kept.exists() else None
+            if (folder / "reference").exists():
+                self._reference_folder = self._own_reference(folder / "reference")
             self._load_reference(str(self._reference_folder or self._initial_reference))
         if (folder / "critic").exists():
             self._critic = self._load_critic(self._config.critic.path or self._model_path)
             self._critic.load(folder / "critic")
         torch.set_rng_state(torch.load(folder / f"random-{self._seat.rank}.pt", weights_only=True))
+
+    def _own_reference(self, kept: Path) -> Path:
+        """A checkpoint's reference as the run's own: checkpoints come and go."""
+        folder = Path(self._config.run.dir) / "reference"
+        if self._seat.rank == 0:
+            aside = folder.with_name(f".{folder.name}.writing")
+            shutil.rmtree(aside, ignore_errors=True)
+            shutil.copytree(kept, aside, copy_function=files.link_or_copy)
+            files.replace(aside, folder)
+        barrier()
+        return folder
 
     def _write_policy(self, folder: Path, state: dict[str, torch.Tensor]) -> None:
         aside = folder.with_name(f".{folder.name}.writing")

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from ppo_dist.config.reward import AnyExtract, ExtractAfter, FunctionOf
 from ppo_dist.rewards.user import load_function
 
+LATEX = re.compile(r"[\\^_{}()\[\]=<>]")
+MARKED = re.compile(r"\$|\\boxed")
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
 
 
@@ -70,12 +72,22 @@ def boxed(text: str) -> str | None:
 
 
 def is_same_mathematics(text: str, answer: str) -> bool:
-    """Whether the answer in a text equals another one, by math-verify."""
+    """Whether the answer in a text equals another one, by math-verify, which reads LaTeX only where
+    it is marked as such.
+
+    Raises:
+        ValueError: the other one is no mathematics.
+    """
     from math_verify import parse, verify
 
     limit = _patience_s()
-    gold, found = (parse(side, parsing_timeout=limit) for side in (answer, text))
-    return bool(verify(gold, found, timeout_seconds=limit))
+    gold = [] if LATEX.search(answer) else parse(answer, parsing_timeout=limit)
+    if not gold:
+        marked = answer if MARKED.search(answer) else f"\\boxed{{{answer}}}"
+        gold = parse(marked, parsing_timeout=limit)
+    if not gold:
+        raise ValueError(f"math-verify cannot read the answer {answer!r}")
+    return bool(verify(gold, parse(text, parsing_timeout=limit), timeout_seconds=limit))
 
 
 def _patience_s() -> int | None:

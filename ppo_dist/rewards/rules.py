@@ -134,7 +134,7 @@ class WeightedSum:
         return [self._sum(row) for row in zip(*columns, strict=True)]
 
     def _sum(self, row: tuple[Score, ...]) -> Score:
-        value = sum(
+        value = math.fsum(
             weight * score.value for (weight, _), score in zip(self._parts, row, strict=True)
         )
         fault = next((score.fault for score in row if score.fault), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -25,6 +26,7 @@ def load_function(path: str, name: str) -> Callable[..., Any]:
     if spec is None or spec.loader is None:
         raise InputError(f"{path}: is not a Python file")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look there for the names in their annotations
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # the user's code may fail with anything

@@ -57,7 +57,7 @@ class PseudoBuffer:
                 if best is not None:
                     self._put(Entry(uid, best.text, best.tokens_R, step))
                     taken += 1
-        self._expire(step)
+        self.expire(step)
         return taken
 
     def take(self) -> list[LabelledExample]:
@@ -79,7 +79,7 @@ class PseudoBuffer:
     def _best(self, group: Sequence[Scored]) -> Rollout | None:
         """The likeliest whole response among those with the top reward."""
         top = max(s.score.value for s in group)
-        if top < self._section.min_reward:
+        if top < self._section.min_reward - 1e-9:
             return None
         best = [s.rollout for s in group if s.score.value == top and s.rollout.finish == "eos"]
         return max(best, key=lambda r: (float(r.logprobs_R.sum()), -r.index), default=None)
@@ -93,7 +93,8 @@ class PseudoBuffer:
         while len(of_prompt) > self._section.per_prompt:
             del self._entries[of_prompt.pop(0)]
 
-    def _expire(self, step: int) -> None:
+    def expire(self, step: int) -> None:
+        """Lets go of what is too old at a step, or too much."""
         young = {
             key: entry
             for key, entry in self._entries.items()
@@ -101,6 +102,9 @@ class PseudoBuffer:
         }
         surplus = len(young) - self._section.capacity
         self._entries = dict(list(young.items())[max(surplus, 0) :])
+        self._of_prompt = {}
+        for key in self._entries:
+            self._of_prompt.setdefault(key[0], []).append(key)
 
     def state_dict(self) -> dict[str, Any]:
         """All entries."""

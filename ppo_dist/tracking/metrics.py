@@ -161,9 +161,9 @@ def evaluation_row(
     responses, per token.
     """
     numbers = (
-        mean([s.score.value >= 1 for s in greedy]),
+        mean([s.score.is_right for s in greedy]),
         mean([s.score.value for s in greedy]),
-        mean([s.score.value >= 1 for s in sampled]),
+        mean([s.score.is_right for s in sampled]),
         nll,
     )
     return {f"eval/{name}/{key}": number for key, number in zip(EVALUATED, numbers, strict=True)}

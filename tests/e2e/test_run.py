@@ -62,6 +62,19 @@ def test_resumed_equals_uninterrupted(tmp_path: Path, whole: Path, stop: int) ->
     assert numbers(whole)[-1]["objective/kl"] not in (None, 0.0)
 
 
+def test_resumed_runs_keep_their_reference_when_its_checkpoint_is_gone(tmp_path: Path) -> None:
+    """Two supervised steps, then the reference is reset; only one checkpoint is kept."""
+    train = {"checkpoint_every": 1, "keep_checkpoints": 1}
+
+    def made(steps: int) -> Config:
+        whole = config(tmp_path / "run", steps)
+        return whole.model_copy(update={"train": whole.train.model_copy(update=train)})
+
+    assert run(made(3)) == 0
+    for steps in (6, 8):
+        assert run(made(steps), resume=True) == 0
+
+
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_resume_at_other_zero_stages(tmp_path: Path, stage: int) -> None:
     learner = {"zero_stage": stage}

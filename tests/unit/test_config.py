@@ -319,6 +319,17 @@ IMPOSSIBLE = [
         "semi.pseudo has no effect: μ (mix.schedule) is 0",
     ),
     (merged(VOTES, {"semi": {"probe": 0.1}}), "semi.probe needs reward.labelled"),
+    (merged(VOTES, {"reward": {"labelled": "vote"}}), "reward.labelled sees answers"),
+    (
+        merged(
+            VOTES,
+            {
+                "mix": {"schedule": 0},
+                "semi": {"guard": {"kl": {"limit": 1, "action": "raise_mu"}}},
+            },
+        ),
+        "semi.guard.kl cannot raise_mu: μ (mix.schedule) is 0 where it would",
+    ),
     ({"mix": {"schedule": ADAPTIVE}}, "an adaptive schedule follows the held-out set: it needs"),
     (
         {"semi": {"guard": {"drop": {"limit": 0.1, "action": "freeze"}}}},

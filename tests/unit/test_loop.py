@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ppo_dist.coordinator.state import Checkpoints
 from ppo_dist.coordinator.watch import read_update
 from tests.unit.rig import Rig
 
@@ -152,3 +153,41 @@ def test_an_alert_when_workers_and_learners_disagree(tmp_path: Path) -> None:
     rig.loop.run()
     ((step, title, _),) = rig.tracker.alerts
     assert step == 2 and "disagree" in title
+
+
+GAP = {"gap": {"limit": -1.0, "action": "roll_back"}}  # always past its limit
+
+
+def test_a_roll_back_at_the_best_evaluation_finds_its_checkpoint(tmp_path: Path) -> None:
+    """The evaluation that is too far from the reward may itself be the best so far."""
+    mix = {"shares": {"verifiable": 0, "unlabelled": 1}}
+    rig = Rig(
+        tmp_path,
+        mix=mix,
+        data={"unlabelled": "u.jsonl"},
+        reward={"unlabelled": "vote"},
+        semi={"guard": GAP},
+        eval={"every": 1},
+        train={"steps": 3},
+    )
+    scores = iter([0.0, 1.0])
+    held_out = rig.loop._parts.held_out
+    rig.loop._evaluated = lambda evaluator, watch: {"eval/held_out/accuracy": next(scores)}
+    assert held_out is not None
+    assert rig.loop.run() == "roll_back"
+    assert rig.loop.state.best_step == 1
+    assert Checkpoints(tmp_path, 1).of_step(1) is not None
+
+
+def test_a_run_that_must_stop_does_not_roll_back(tmp_path: Path) -> None:
+    mix = {"shares": {"verifiable": 0, "unlabelled": 1}}
+    rig = Rig(
+        tmp_path,
+        mix=mix,
+        data={"unlabelled": "u.jsonl"},
+        reward={"unlabelled": "vote"},
+        semi={"guard": {**GAP, "vote_entropy": None, "kl": {"limit": -9.0, "action": "stop"}}},
+        eval={"every": 1},
+    )
+    assert rig.loop.run() == "stopped"
+    assert "guard.kl" in (rig.loop.watch.verdict or "")

@@ -112,3 +112,13 @@ def test_batches_are_without_repetition_and_go_on_from_a_checkpoint() -> None:
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     assert before + fill(second, range(5, 10)) == expected
     assert held(first) != [] and second.state_dict()["drawn"] == 20
+
+
+def test_what_is_gone_leaves_nothing_behind() -> None:
+    """Neither by age nor by number may memory grow; also where nothing new comes."""
+    b = buffer(capacity=2, max_age=3)
+    for step, uid in enumerate(["u1", "u2", "u4"]):
+        b.add(step, [response(uid, 5)])
+    assert len(b) == 2 and set(b._of_prompt) == {uid for uid, _ in held(b)}
+    b.expire(99)
+    assert len(b) == 0 and b._of_prompt == {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,9 +20,17 @@ from ppo_dist.config.reward import (
     RegexReward,
 )
 from ppo_dist.data.sources import read
-from ppo_dist.rewards.extract import after, extractor, first_line, last_number, whole_text
+from ppo_dist.rewards.extract import (
+    after,
+    extractor,
+    first_line,
+    is_same_mathematics,
+    last_number,
+    whole_text,
+)
 from ppo_dist.rewards.gym import gym
 from ppo_dist.rewards.rules import ByOrigin, Judged, WeightedSum, exact, numeric, regex
+from ppo_dist.rewards.user import load_function
 from ppo_dist.types import Checker, Prompt, Rollout, Score
 
 
@@ -232,3 +241,50 @@ def test_by_origin_keeps_the_order() -> None:
     assert [(s.value, s.source) for s in scores] == [(1, "V"), (2, "L"), (3, "V"), (4, "L")]
     assert asked == ["L 2", "L 4", "V 1", "V 3"]
     assert source.score([]) == []
+
+
+def test_a_weighted_sum_of_full_marks_is_full_marks() -> None:
+    """0.7 + 0.2 + 0.1 is not 1 in floating point."""
+    for weights in ((0.7, 0.2, 0.1), (0.6, 0.3, 0.1), (0.1,) * 10):
+        full = Judged(lambda _: 1.0, "full", "error")
+        (score,) = WeightedSum([(weight, full) for weight in weights]).score([rollout("a")])
+        assert score.is_right
+    assert not Score(0.999, "x").is_right
+
+
+@pytest.mark.parametrize(
+    ("answer", "right", "wrong"),
+    [
+        ("12", "so it is 12", "13"),
+        ("1,000", r"\boxed{1000}", r"\boxed{100}"),
+        ("1/2", r"\boxed{0.5}", r"\boxed{2}"),
+        (r"\frac12", r"\boxed{\frac{1}{2}}", r"\boxed{12}"),
+        (r"2\pi", r"\boxed{2\pi}", r"\boxed{2}"),
+        (r"\sqrt{3}", r"\boxed{\sqrt3}", r"\boxed{3}"),
+        (r"3\sqrt2", r"$3\sqrt{2}$", r"\boxed{3}"),
+        ("(1,2)", r"\boxed{(1,2)}", r"\boxed{(2,1)}"),
+        ("A", r"\boxed{A}", r"\boxed{B}"),
+        ("x^2+1", r"\boxed{1+x^2}", r"\boxed{x^2}"),
+        (r"\text{even}", r"\boxed{\text{even}}", r"\boxed{\text{odd}}"),
+        ("$5$", "it is $5$", "$6$"),
+        ("12 dollars", r"\boxed{12}", r"\boxed{13}"),
+    ],
+)
+def test_mathematics(answer: str, right: str, wrong: str) -> None:
+    assert is_same_mathematics(right, answer)
+    assert not is_same_mathematics(wrong, answer)
+
+
+def test_an_answer_that_is_no_mathematics_is_a_fault() -> None:
+    with pytest.raises(ValueError, match="cannot read the answer"):
+        is_same_mathematics("12", "")
+
+
+def test_a_users_file_may_have_dataclasses(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        "@dataclass\nclass Mark:\n    value: float\n"
+        "def score(prompt, response, answer):\n    return Mark(1.0).value\n"
+    )
+    assert load_function(str(file), "score")("", "", None) == 1.0

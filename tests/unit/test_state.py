@@ -103,6 +103,18 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     assert Checkpoints(tmp_path, 2).newest_whole() == (folders[-1], [])
 
 
+def test_later_checkpoints_are_set_aside_by_a_run_that_goes_on_before_them(tmp_path: Path) -> None:
+    written(tmp_path, 3, range(8, 12))
+    checkpoints = Checkpoints(tmp_path, 3)
+    assert checkpoints.set_aside_after(9) == [
+        "abandoned-step-00000010",
+        "abandoned-step-00000011",
+    ]
+    (folder,) = written(tmp_path, 1, range(10, 11))
+    assert checkpoints.newest_whole() == (folder, []), "what it makes itself is its newest"
+    assert checkpoints.set_aside_after(9) == ["abandoned-step-00000010"], "a second time too"
+
+
 def test_a_checkpoint_gives_back_what_was_written(tmp_path: Path) -> None:
     (folder,) = written(tmp_path, 1, range(3, 4))
     state, parts = read_state(folder)
