@@ -54,7 +54,7 @@ class MixSchedule(Protocol):
         """What step number `step`, counted from 0, is made of."""
 
     def observe(self, step: int, metrics: Mapping[str, float | None]) -> None:
-        """Sees the metrics row of a finished step."""
+        """Sees the metrics row of a finished step; −1 is the evaluation before the first."""
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that later plans depend on, as JSON."""

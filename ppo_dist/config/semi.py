@@ -91,6 +91,7 @@ class Guard(Section):
     )
     kl: Check | None = Field(None, description="objective/kl: above its limit")
     raise_by: float = Field(2.0, gt=1, description="factor of raise_mu")
+    raise_at_most: float = Field(16.0, gt=1, description="of all such factors together")
     freeze_steps: int = Field(0, ge=0, description="steps that a freeze lasts; 0: to the end")
 
 

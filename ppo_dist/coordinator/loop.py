@@ -126,6 +126,7 @@ class Loop:
             self._log(self.state.step, self.pending | row)
             self.save()
         elif row:
+            self._memory.schedule.observe(-1, row)
             self.watch.row(0, row)
             self._log(0, row)
             if self._goes_back:

@@ -61,6 +61,14 @@ class Confidence(All):
         )
 
 
+def _passes(scored: Scored) -> bool:
+    """Whether a response is right: by the vote where there is one, else by its score."""
+    ballot = scored.score.ballot
+    if ballot is None:
+        return scored.score.is_right
+    return ballot.vote.label is not None and ballot.answer == ballot.vote.label
+
+
 class Histories:
     """Pass rates by prompt and window of time, the newest `length` windows of each.
 
@@ -146,7 +154,7 @@ class Trajectory:
             elif not is_unlabelled(group):
                 continue
             total, count = self._open.get(uid, (0.0, 0))
-            rate = sum(s.score.value > 0 for s in group) / len(group)
+            rate = sum(map(_passes, group)) / len(group)
             self._open[uid] = (total + rate, count + 1)
         self._steps += 1
         candidates = [uid for uid, group in groups.items() if is_unlabelled(group)]

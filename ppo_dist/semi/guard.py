@@ -106,7 +106,7 @@ class Guard:
 
     def _do(self, action: str, step: int) -> None:
         if action == "raise_mu":
-            self._factor *= self._section.raise_by
+            self._factor = min(self._factor * self._section.raise_by, self._section.raise_at_most)
         if action == "freeze" and self._frozen_until >= 0:
             length = self._section.freeze_steps
             self._frozen_until = step + length if length else -1

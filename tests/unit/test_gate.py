@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tracemalloc
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -174,3 +175,15 @@ def test_a_million_histories_take_less_than_a_gigabyte() -> None:
     again = Histories(16)
     again.load_state_dict(json.loads(saved))
     assert again.standardised(uids[-1:]).tolist() == histories.standardised(uids[-1:]).tolist()
+
+
+def test_a_pass_is_agreement_with_the_vote_whatever_else_is_rewarded() -> None:
+    gate = Trajectory(TrajectoryGate(kind="trajectory", window=2))
+    vote = Vote("7", 0.5, 0.25, 0.6)
+    answers = {"7": 1.1, "8": 0.1, "9": 0.1}  # a tenth for a good form
+    voted = [
+        replace(s, score=replace(s.score, value=value, ballot=Ballot(vote, answer, True)))
+        for s, (answer, value) in zip(group("a", [0, 0, 0]), answers.items(), strict=True)
+    ]
+    gate.admit([*voted, *group("b", [1.0, 0.9, 0.0, 0.0], "labelled")])
+    assert gate.state_dict()["open"] == {"a": (pytest.approx(1 / 3), 1), "b": (0.25, 1)}

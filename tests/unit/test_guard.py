@@ -85,6 +85,13 @@ def test_freezing(length: int, frozen: range) -> None:
     assert g.adjusted(PLAN, 2).prompts == {"labelled": 2, "verifiable": 3, "unlabelled": 0}
 
 
+def test_raising_again_and_again_has_an_end() -> None:
+    g = guard(kl={"limit": 1, "action": "raise_mu"}, raise_by=3, raise_at_most=10)
+    for step in range(1, 50):
+        g.observe(step, {"objective/kl": 2.0})
+    assert g.adjusted(PLAN, 50).mu == pytest.approx(3.0)
+
+
 def test_a_roll_back_freezes_and_forgets() -> None:
     g = guard(gap={"limit": 0.1, "action": "roll_back", "patience": 2})
     assert actions(g, row(0.5, 0.9), row(0.5, 0.9)) == [[], ["roll_back"]]

@@ -191,3 +191,13 @@ def test_a_run_that_must_stop_does_not_roll_back(tmp_path: Path) -> None:
     )
     assert rig.loop.run() == "stopped"
     assert "guard.kl" in (rig.loop.watch.verdict or "")
+
+
+def test_schedules_see_the_evaluation_before_the_first_step(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, train={"steps": 2}, eval={"every": 2})
+    seen: list[tuple[int, bool]] = []
+    rig.memory.schedule.observe = lambda step, row: seen.append(
+        (step, row.get("eval/held_out/accuracy") is not None)
+    )
+    rig.loop.run()
+    assert seen == [(-1, True), (0, False), (1, True)]
