@@ -133,7 +133,9 @@ class CollectiveReceiver:
     def fetch(self, weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
         """See WeightReceiver."""
         with self._arrived:
-            found = self._versions.pop(weights.version, None)
+            found = self._versions.get(weights.version)
+            for old in [v for v in self._versions if v <= weights.version]:
+                del self._versions[old]  # what was skipped will not be asked for any more
         if found is None:
             raise WeightsError(f"version {weights.version} is not here")
         if of_all(bucket.digest for bucket in found) != weights.digest:

@@ -24,7 +24,9 @@ class DiskSender:
     """
 
     def __init__(self, folder: Path, bucket_bytes: int, keep: int) -> None:
+        """What an earlier process left in the folder is removed: its versions may be later ones."""
         self._folder, self._bucket_bytes, self._keep = folder, bucket_bytes, keep
+        shutil.rmtree(folder, ignore_errors=True)
 
     def publish(self, version: int, weights: NamedTensors) -> Weights:
         """See WeightSender."""

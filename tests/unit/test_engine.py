@@ -49,15 +49,20 @@ def plain(tiny_model: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
 
 
+def greedy(model: PreTrainedModel, prompt: Prompt, limit: int) -> list[int]:
+    """What transformers' own `generate` writes."""
+    tokens = torch.from_numpy(prompt.tokens_P)[None]
+    out = model.generate(
+        tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=limit,
+        eos_token_id=EOS, pad_token_id=0,
+    )  # fmt: skip
+    return out[0, tokens.shape[1] :].tolist()
+
+
 def test_greedy_equals_transformers_generate(tiny_model: Path) -> None:
     model = plain(tiny_model)
     for rollout in generate(tiny_model, temperature=0.0, group=1):
-        tokens = torch.from_numpy(rollout.prompt.tokens_P)[None]
-        expected = model.generate(
-            tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=12,
-            eos_token_id=EOS, pad_token_id=0,
-        )  # fmt: skip
-        assert rollout.tokens_R.tolist() == expected[0, tokens.shape[1] :].tolist()
+        assert rollout.tokens_R.tolist() == greedy(model, rollout.prompt, 12)
 
 
 def test_logprobs_are_those_of_a_plain_forward_pass(tiny_model: Path) -> None:
@@ -124,12 +129,7 @@ def test_long_responses_outgrow_the_first_columns(tiny_model: Path) -> None:
     model, worker = plain(tiny_model), engine(tiny_model)
     (chunk,) = chunks(prompts(2), 1, 8, 4, 0, Sampling(0.0, 50, 0, "train"))
     for rollout in worker.generate(chunk):
-        tokens = torch.from_numpy(rollout.prompt.tokens_P)[None]
-        expected = model.generate(
-            tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=50,
-            eos_token_id=EOS, pad_token_id=0,
-        )  # fmt: skip
-        assert rollout.tokens_R.tolist() == expected[0, tokens.shape[1] :].tolist()
+        assert rollout.tokens_R.tolist() == greedy(model, rollout.prompt, 50)
 
 
 def test_refuses_sequences_beyond_a_sliding_window(tiny_model: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -158,37 +159,30 @@ def test_an_alert_when_workers_and_learners_disagree(tmp_path: Path) -> None:
 GAP = {"gap": {"limit": -1.0, "action": "roll_back"}}  # always past its limit
 
 
-def test_a_roll_back_at_the_best_evaluation_finds_its_checkpoint(tmp_path: Path) -> None:
-    """The evaluation that is too far from the reward may itself be the best so far."""
-    mix = {"shares": {"verifiable": 0, "unlabelled": 1}}
-    rig = Rig(
-        tmp_path,
-        mix=mix,
+def guarded(folder: Path, guard: dict[str, Any]) -> Rig:
+    """A run on unlabelled prompts alone, evaluated after every step."""
+    return Rig(
+        folder,
+        mix={"shares": {"verifiable": 0, "unlabelled": 1}},
         data={"unlabelled": "u.jsonl"},
         reward={"unlabelled": "vote"},
-        semi={"guard": GAP},
+        semi={"guard": guard},
         eval={"every": 1},
-        train={"steps": 3},
     )
+
+
+def test_a_roll_back_at_the_best_evaluation_finds_its_checkpoint(tmp_path: Path) -> None:
+    """The evaluation that is too far from the reward may itself be the best so far."""
+    rig = guarded(tmp_path, GAP)
     scores = iter([0.0, 1.0])
-    held_out = rig.loop._parts.held_out
     rig.loop._evaluated = lambda evaluator, watch: {"eval/held_out/accuracy": next(scores)}
-    assert held_out is not None
     assert rig.loop.run() == "roll_back"
     assert rig.loop.state.best_step == 1
     assert Checkpoints(tmp_path, 1).of_step(1) is not None
 
 
 def test_a_run_that_must_stop_does_not_roll_back(tmp_path: Path) -> None:
-    mix = {"shares": {"verifiable": 0, "unlabelled": 1}}
-    rig = Rig(
-        tmp_path,
-        mix=mix,
-        data={"unlabelled": "u.jsonl"},
-        reward={"unlabelled": "vote"},
-        semi={"guard": {**GAP, "vote_entropy": None, "kl": {"limit": -9.0, "action": "stop"}}},
-        eval={"every": 1},
-    )
+    rig = guarded(tmp_path, {**GAP, "kl": {"limit": -9.0, "action": "stop"}})
     assert rig.loop.run() == "stopped"
     assert "guard.kl" in (rig.loop.watch.verdict or "")
 

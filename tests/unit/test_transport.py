@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ppo_dist.protocols import WeightsError
+from ppo_dist.transport.collective import CollectiveReceiver, CollectiveSender
 from ppo_dist.transport.disk import DiskReceiver, DiskSender
 from ppo_dist.transport.wire import buckets, of_all
 from tests.contract.suites import weights
@@ -64,3 +65,21 @@ def test_a_folder_that_does_not_come_is_waited_for_no_longer_than_the_deadline(
     elsewhere = replace(sent, parts=(str(tmp_path / "not-there"), *sent.parts[1:]))
     with pytest.raises(WeightsError, match=r"not to be seen here after 0\.2 s"):
         DiskReceiver().receive(elsewhere, 0.2)
+
+
+def test_a_resumed_run_does_not_remove_its_own_versions(tmp_path: Path) -> None:
+    DiskSender(tmp_path, 2**20, keep=1).publish(30, weights().items())
+    sent = DiskSender(tmp_path, 2**20, keep=1).publish(10, weights().items())
+    DiskReceiver().receive(sent, 1.0)
+    assert [folder.name for folder in tmp_path.iterdir()] == ["version-00000010"]
+
+
+def test_versions_that_nobody_asked_for_do_not_stay() -> None:
+    sender = CollectiveSender("cpu", 2**20, deadline_s=10.0)
+    receiver = CollectiveReceiver("cpu", "127.0.0.1", sender.port, 10.0)
+    for version in (1, 2, 3):
+        sent = sender.publish(version, weights().items())
+        receiver.receive(sent, 10.0)
+    assert set(receiver._versions) == {1, 2, 3}
+    assert {name for name, _ in receiver.fetch(sent)} == set(weights())
+    assert receiver._versions == {}
