@@ -107,8 +107,8 @@ def _unlabelled(c: Config) -> Iterator[str]:
         yield "reward.labelled sees answers and judges the held-out set: it must not be vote"
     mu = c.mix.schedule
     mixed = mu.then if isinstance(mu, SupervisedFirst) else mu
-    for name, check in dict(semi.guard).items():
-        if getattr(check, "action", None) == "raise_mu" and peak(mixed) == 0:
+    for name, check in semi.guard.checks.items():
+        if check.action == "raise_mu" and peak(mixed) == 0:
             yield f"semi.guard.{name} cannot raise_mu: μ (mix.schedule) is 0 where it would"
     for origin in ORIGINS:
         if uses(c, origin) and votes(_of(c.reward, origin)) and c.rollout.group_size < 2:
@@ -152,17 +152,11 @@ def _held_out(c: Config) -> Iterator[str]:
     scalars = [mixed, mix.labelled_batch, mix.policy_coef, *dict(mix.shares).values()]
     if any(isinstance(scalar, Adaptive) for scalar in scalars):
         yield f"an adaptive schedule follows the held-out set: it needs {missing}"
-    checks = {name: check for name, check in dict(c.semi.guard).items() if _acts(check)}
-    for name in ("gap", "drop"):
-        if name in checks:
+    for name, check in c.semi.guard.checks.items():
+        if name in ("gap", "drop") and check.action != "warn":
             yield f"semi.guard.{name} follows the held-out set: it needs {missing}"
-    for name, check in checks.items():
         if check.action == "roll_back":
             yield f"semi.guard.{name} rolls back to the best held-out accuracy: it needs {missing}"
-
-
-def _acts(check: Any) -> bool:
-    return getattr(check, "action", "warn") != "warn"
 
 
 def _mu_peak(c: Config) -> float:

@@ -94,6 +94,11 @@ class Guard(Section):
     raise_at_most: float = Field(16.0, gt=1, description="of all such factors together")
     freeze_steps: int = Field(0, ge=0, description="steps that a freeze lasts; 0: to the end")
 
+    @property
+    def checks(self) -> dict[str, Check]:
+        """Those that are not null, by name."""
+        return {name: check for name, check in self if isinstance(check, Check)}
+
 
 class Semi(Section):
     gate: AnyGate = Field(AllGate(), description="which unlabelled prompts count")

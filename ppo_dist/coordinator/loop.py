@@ -90,9 +90,8 @@ class Loop:
         self._checkpoints = Checkpoints(self._folder, config.train.keep_checkpoints)
         self._keys = keys(config)
         self.watch = Watch(config, parts.tracker, memory.guard)
-        self._goes_back = any(
-            getattr(check, "action", None) == "roll_back" for _, check in config.semi.guard
-        )
+        checks = config.semi.guard.checks.values()
+        self._goes_back = any(check.action == "roll_back" for check in checks)
         self.pending = pending
         memory.ahead.begin(parts.pool)
         self._loaded_version: int | None = None
@@ -185,7 +184,8 @@ class Loop:
         annotated = list(zip(judged, annotations, strict=True))
         row = step_row(plan, coefficients, self.state.version, scored, annotated, sequences, report)
         row["rollout/dropped"] = float(memory.ahead.dropped)
-        self.watch.updates(step + 1, work, coefficients, report)
+        skipped = self.watch.updates(step + 1, work, coefficients, report, self.state.skipped)
+        self.state = replace(self.state, skipped=skipped)
         return row | memory.experience.metrics | memory.unlabelled.metrics
 
     def _supervised(self, plan: MixPlan) -> list[TrainSequence]:

@@ -17,8 +17,8 @@ STATE = "state.json"
 
 @dataclass(frozen=True)
 class RunState:
-    """How far a run is; `reinforced` counts steps with rollouts, `best` is the best held-out
-    accuracy so far.
+    """How far a run is; `reinforced` counts steps with rollouts, `skipped` the last updates in a
+    row that were skipped, `best` is the best held-out accuracy so far.
 
     Example: RunState(step=12, version=12, reinforced=10, best=0.41, best_step=10)
     """
@@ -26,6 +26,7 @@ class RunState:
     step: int = 0
     version: int = 0
     reinforced: int = 0
+    skipped: int = 0
     best: float | None = None
     best_step: int | None = None
 

@@ -30,7 +30,6 @@ class Watch:
         self._folder, self._tracker, self._guard = Path(config.run.dir), tracker, guard
         self._limit = config.train.max_skipped_updates
         self._gap_limit = config.rollout.max_logprob_gap
-        self._in_a_row = 0
         self.verdict: str | None = None
         self._went_wrong = False
 
@@ -45,15 +44,18 @@ class Watch:
         updates: Sequence[Sequence[TrainSequence]],
         coefficients: Coefficients,
         report: StepReport,
-    ) -> None:
-        """Writes the sequences of every skipped update; stops the run after too many in a row."""
+        in_a_row: int,
+    ) -> int:
+        """Writes the sequences of every skipped update; stops the run after too many in a row.
+        Takes and returns how many of the last ones were skipped.
+        """
         for number, (sequences, update) in enumerate(zip(updates, report.updates, strict=True)):
             if not update.skipped:
-                self._in_a_row = 0
+                in_a_row = 0
                 continue
-            self._in_a_row += 1
-            if self._in_a_row >= self._limit:
-                self.verdict = f"{self._in_a_row} updates in a row were not finite"
+            in_a_row += 1
+            if in_a_row >= self._limit:
+                self.verdict = f"{in_a_row} updates in a row were not finite"
             path = self._folder / SKIPPED / f"step-{step:08d}-update-{number}.npz"
             write_update(path, sequences, coefficients)
             self._tracker.alert(
@@ -61,6 +63,7 @@ class Watch:
                 f"a gradient was not finite: update {number + 1} of step {step} was skipped",
                 f"look at it with: ppo-dist replay {path}",
             )
+        return in_a_row
 
     def row(self, step: int, row: Row) -> None:
         """Compares what generated with what learns, where both are of one version, and asks the

@@ -148,6 +148,16 @@ def test_skipped_updates_are_kept_and_too_many_stop_the_run(tmp_path: Path) -> N
     assert (tmp_path / "checkpoints" / "step-00000004").exists()
 
 
+def test_skipped_updates_in_a_row_are_counted_across_a_resume(tmp_path: Path) -> None:
+    first = Rig(tmp_path, train={"steps": 3, "max_skipped_updates": 3})
+    first.learners.poisoned = {4, 5}  # both updates of step 3
+    assert first.loop.run() == "done"
+    second = Rig(tmp_path, resume=True, train={"steps": 9, "max_skipped_updates": 3})
+    second.learners.poisoned = {6}
+    assert second.loop.run() == "stopped"
+    assert second.loop.state.step == 4
+
+
 def test_an_alert_when_workers_and_learners_disagree(tmp_path: Path) -> None:
     rollout = {"max_logprob_gap": 0.05}  # the fakes: 0.5 when new, a tenth more an update
     rig = Rig(tmp_path, rollout=rollout, train={"steps": 2}, eval={"every": 0})
