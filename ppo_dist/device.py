@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed
+from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
 
 DeviceKind = Literal["cpu", "cuda"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -29,6 +30,48 @@ def prepare(kind: DeviceKind, threads: int) -> torch.device:
         return torch.device("cpu")
     torch.cuda.set_device(0)
     return torch.device("cuda", 0)
+
+
+def visible() -> str:
+    """The GPUs that this process sees, as CUDA_VISIBLE_DEVICES; empty if that is not set."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "")
+
+
+def see(gpus: str) -> None:
+    """Lets this process see other GPUs, of the same node. Call it before any other work in it."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = gpus
+
+
+def free_cache(device: torch.device) -> None:
+    """Gives memory that torch keeps for later back to the device."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def on_every_gpu(flat: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Copies in the memory of all GPUs that this process sees, by the GPU's UUID."""
+    found = {}
+    for index in range(torch.cuda.device_count()):
+        uuid = str(torch.cuda.get_device_properties(index).uuid)
+        found[uuid] = flat.to(torch.device("cuda", index))
+        torch.cuda.synchronize(index)  # who imports it reads at once
+    return found
+
+
+def exported(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """A handle of a tensor in a GPU's memory for another process of the same node. The tensor must
+    stay until that is done with it.
+    """
+    args: tuple[Any, ...] = reduce_tensor(tensor)[1]  # type: ignore[no-untyped-call]
+    return args
+
+
+def imported(handles: dict[str, tuple[Any, ...]], device: torch.device) -> torch.Tensor:
+    """The tensor behind the handle of the GPU `device`, among handles by UUID."""
+    args = list(handles[str(torch.cuda.get_device_properties(device).uuid)])
+    args[6] = device.index  # the number that this process knows it by
+    tensor: torch.Tensor = rebuild_cuda_tensor(*args)  # type: ignore[no-untyped-call]
+    return tensor
 
 
 def backend(kind: DeviceKind) -> str:
@@ -58,15 +101,21 @@ def process_group(kind: DeviceKind, store: Any, rank: int, size: int, timeout_s:
 def before_vllm(kind: DeviceKind, threads: int, kv_cache_gb: float) -> None:
     """Settings of this process that vLLM reads when it is first used."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
+    if kind == "cuda":  # handles of GPU memory go to its processes as pickles
+        os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
     if kind == "cpu":
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = f"{kv_cache_gb:g}"
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         os.environ["OMP_NUM_THREADS"] = str(threads)
 
 
-def vllm_memory(kind: DeviceKind, share: float) -> dict[str, Any]:
-    """How vLLM is told what memory it may take; on a CPU the KV cache has a fixed size."""
-    return {"gpu_memory_utilization": share} if kind == "cuda" else {}
+def vllm_memory(kind: DeviceKind, share: float, sleeps: bool) -> dict[str, Any]:
+    """How vLLM is told what memory it may take, and whether it must be able to give it back; on a
+    CPU the KV cache has a fixed size, and it cannot.
+    """
+    if kind == "cpu":
+        return {}
+    return {"gpu_memory_utilization": share, "enable_sleep_mode": sleeps}
 
 
 def attention_dtype(tensor: torch.Tensor) -> torch.dtype:

@@ -39,6 +39,12 @@ class RolloutEngine(Protocol):
     def load(self, version: int, weights: NamedTensors) -> None:
         """Replaces every weight of the policy; what is generated from now on carries `version`."""
 
+    def sleep(self) -> None:
+        """Frees as much of the device's memory as it can, for whoever else computes there."""
+
+    def wake(self) -> None:
+        """Takes it back: afterwards all is as it was before `sleep`."""
+
 
 class RewardSource(Protocol):
     """Judges responses."""

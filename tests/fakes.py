@@ -27,12 +27,20 @@ class FakeEngine:
     def __init__(self) -> None:
         self.version = 0
         self.weights: dict[str, torch.Tensor] = {}
+        self.is_asleep = False
+
+    def sleep(self) -> None:
+        self.is_asleep = True
+
+    def wake(self) -> None:
+        self.is_asleep = False
 
     def load(self, version: int, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         self.weights = {name: tensor.clone() for name, tensor in weights}
         self.version = version
 
     def generate(self, chunk: Chunk) -> list[Rollout]:
+        assert not self.is_asleep
         if chunk.version != self.version:
             raise ValueError(f"asked for version {chunk.version}, version {self.version} is loaded")
         return [

@@ -47,11 +47,15 @@ def _vllm(config: Config, model_path: str, kind: DeviceKind, section: VllmEngine
     from ppo_dist.device import DTYPES
     from ppo_dist.models.policy import load_policy, stop_tokens
     from ppo_dist.rollout import vllm
+    from ppo_dist.rollout.proof import prove_loading
 
     trust, dtype = config.model.trust_remote_code, config.learner.dtype
-    llm = vllm.open_llm(model_path, section, dtype, config.rollout.threads, kind, trust)
+    sleeps = config.cluster.placement == "colocated"
+    llm = vllm.open_llm(model_path, section, dtype, config.rollout.threads, kind, trust, sleeps)
     tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust)
     bucket_bytes = config.transport.bucket_mb * 2**20
-    made = vllm.VllmEngine(llm, tokenizer, stop_tokens(model_path, tokenizer), bucket_bytes)
-    made.prove_loading(load_policy(model_path, DTYPES[dtype], trust), PROOF_TOLERANCE[dtype])
+    stops = stop_tokens(model_path, tokenizer)
+    made = vllm.VllmEngine(llm, tokenizer, stops, bucket_bytes, kind)
+    lm = load_policy(model_path, DTYPES[dtype], trust)
+    prove_loading(made.load, made.scores, lm, PROOF_TOLERANCE[dtype])
     return made

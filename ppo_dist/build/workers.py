@@ -31,10 +31,11 @@ def cluster(config: Config) -> Iterator[None]:
     if config.cluster.kind == "local":
         yield
         return
-    from ppo_dist.cluster.session import demand, session
+    from ppo_dist.cluster.layout import layout
+    from ppo_dist.cluster.session import nodes, session
 
     with session(config.cluster):
-        demand(config)
+        layout(config, nodes())
         yield
 
 
@@ -53,22 +54,21 @@ def workers(
             yield group, own
         return
     from ppo_dist.cluster.groups import RayRanks
+    from ppo_dist.cluster.layout import layout
     from ppo_dist.cluster.pool import Crew, RemoteWorker
-    from ppo_dist.cluster.session import places
+    from ppo_dist.cluster.session import nodes, reserved
 
-    learner, rollout = config.learner, config.rollout
-    with (
-        places(config, learner.workers, learner.cpus) as of_learners,
-        places(config, rollout.workers, rollout.cpus) as of_rollouts,
-    ):
+    takes_turns = config.cluster.placement == "colocated"
+    with reserved(config, layout(config, nodes())) as (of_learners, of_rollouts):
         ranks = RayRanks(of_learners, transports.sender(config, of_learners.device))
         receiver = transports.receiver(config, of_rollouts.device, *ranks.sends_from)
         make_engine = engine(config, model_path, of_rollouts.device)
-        crew = Crew(of_rollouts, make_engine, receiver, config.transport.deadline_s)
-        remote = [RemoteWorker(crew, bundle) for bundle in range(of_rollouts.count)]
+        lent = ranks.gpus if takes_turns else None
+        crew = Crew(of_rollouts, make_engine, receiver, config.transport.deadline_s, lent)
+        remote = [RemoteWorker(crew, slot) for slot in of_rollouts.slots]
         transports.preflight(config, ranks, remote)
-        ranks.start(config, model_path, resume)
-        with _started(config, remote) as pool:
+        with _started(config, remote, takes_turns) as pool:
+            ranks.start(config, model_path, resume)
             yield _group(config, ranks), pool
 
 
@@ -89,10 +89,11 @@ def learners(config: Config, model_path: str, resume: Path | None) -> Iterator[L
         yield _group(config, InProcess(worker))
         return
     from ppo_dist.cluster.groups import RayRanks
-    from ppo_dist.cluster.session import places
+    from ppo_dist.cluster.layout import layout
+    from ppo_dist.cluster.session import nodes, reserved
 
-    with places(config, config.learner.workers, config.learner.cpus) as reserved:
-        ranks = RayRanks(reserved, transports.sender(config, reserved.device))
+    with reserved(config, layout(config, nodes(), has_rollouts=False)) as (places, _):
+        ranks = RayRanks(places, transports.sender(config, places.device))
         ranks.start(config, model_path, resume)
         yield _group(config, ranks)
 
@@ -120,14 +121,15 @@ def rollout_pool(config: Config, model_path: str) -> Iterator[RolloutPool]:
         ) as own:
             yield own
         return
+    from ppo_dist.cluster.layout import layout
     from ppo_dist.cluster.pool import Crew, RemoteWorker
-    from ppo_dist.cluster.session import places
+    from ppo_dist.cluster.session import nodes, reserved
     from ppo_dist.transport.store import StoreReceiver
 
-    with places(config, config.rollout.workers, config.rollout.cpus) as reserved:
-        make_engine = engine(config, model_path, reserved.device)
-        crew = Crew(reserved, make_engine, StoreReceiver, config.transport.deadline_s)
-        remote = [RemoteWorker(crew, bundle) for bundle in range(reserved.count)]
+    with reserved(config, layout(config, nodes(), has_learners=False)) as (_, places):
+        make_engine = engine(config, model_path, places.device)
+        crew = Crew(places, make_engine, StoreReceiver, config.transport.deadline_s)
+        remote = [RemoteWorker(crew, slot) for slot in places.slots]
         with _started(config, remote) as pool:
             yield pool
 
@@ -139,7 +141,9 @@ def _group(config: Config, ranks: Ranks) -> LearnerGroup:
 
 
 @contextlib.contextmanager
-def _started(config: Config, remote: Sequence[RemoteWorker]) -> Iterator[RolloutPool]:
+def _started(
+    config: Config, remote: Sequence[RemoteWorker], takes_turns: bool = False
+) -> Iterator[RolloutPool]:
     from ppo_dist.rollout.pool import Pool
 
     def note(event: str, **details: Any) -> None:
@@ -147,7 +151,10 @@ def _started(config: Config, remote: Sequence[RemoteWorker]) -> Iterator[Rollout
 
     for worker in remote:
         worker.start()
-    with contextlib.closing(Pool(remote, config.stream.max_lag + 2, note)) as pool:
+    keep = config.stream.max_lag + 2
+    with contextlib.closing(Pool(remote, keep, note, takes_turns=takes_turns)) as pool:
+        if takes_turns:
+            pool.sleep()  # once their models are there: the learners load theirs next
         yield pool
 
 

@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from ppo_dist import device
+from ppo_dist.cluster.layout import Slot
 from ppo_dist.cluster.session import Places
 from ppo_dist.config import Config
 from ppo_dist.learner.worker import LearnerWorker, Seat, probe
@@ -40,6 +42,10 @@ class LearnerActor(LearnerWorker):
         self._opened = make_sender()
         return getattr(self._opened, "port", None)
 
+    def gpus(self) -> str:
+        """Those that this worker sees, as CUDA_VISIBLE_DEVICES."""
+        return device.visible()
+
     def probe(self, nbytes: int) -> Weights:
         """Publishes that much without a model, as version −1."""
         return self._opened.publish(-1, probe(nbytes))
@@ -55,12 +61,17 @@ class RayRanks:
     """
 
     def __init__(self, places: Places, make_sender: MakeSender) -> None:
-        self.world, self._places = places.count, places
+        self.world, self._places = len(places.slots), places
         actor = ray.remote(LearnerActor)
-        self._actors = [actor.options(**place(places, r)).remote() for r in range(self.world)]
+        self._actors = [actor.options(**place(places, s)).remote() for s in places.slots]
         self._address, self._port = ray.get(self._actors[0].meeting_point.remote())
         ports = ray.get([worker.open.remote(make_sender) for worker in self._actors])
         self.sends_from: tuple[str, int | None] = self._address, ports[0]
+
+    def gpus(self, bundle: int) -> str:
+        """Those of the workers in a bundle, as CUDA_VISIBLE_DEVICES."""
+        there = zip(self._actors, self._places.slots, strict=True)
+        return ",".join(ray.get([a.gpus.remote() for a, slot in there if slot.bundle == bundle]))
 
     def probe(self, nbytes: int) -> Weights:
         """Publishes that much from rank 0 without a model."""
@@ -87,14 +98,12 @@ class RayRanks:
         return list(ray.get(answers))
 
 
-def place(places: Places, bundle: int) -> dict[str, Any]:
+def place(places: Places, slot: Slot) -> dict[str, Any]:
     """The actor options of a worker in one of the reserved places."""
-    strategy = PlacementGroupSchedulingStrategy(places.group, placement_group_bundle_index=bundle)
-    return {
-        "num_cpus": places.cpus,
-        "num_gpus": int(places.device == "cuda"),
-        "scheduling_strategy": strategy,
-    }
+    strategy = PlacementGroupSchedulingStrategy(
+        places.group, placement_group_bundle_index=slot.bundle
+    )
+    return {"num_cpus": slot.cpus, "num_gpus": slot.gpus, "scheduling_strategy": strategy}
 
 
 def _bound(actor: Any, method: Callable[..., Any]) -> Any:

@@ -10,7 +10,9 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError
 
+from ppo_dist import device
 from ppo_dist.cluster.groups import place
+from ppo_dist.cluster.layout import Slot
 from ppo_dist.cluster.session import Places
 from ppo_dist.protocols import RolloutEngine, WeightReceiver, WeightsError
 from ppo_dist.rollout.pool import WorkerError
@@ -24,8 +26,15 @@ MakeReceiver = Callable[[], WeightReceiver]
 class RolloutActor(RolloutWorker):
     """A RolloutWorker that opens its end of the transport by itself."""
 
-    def __init__(self, make_receiver: MakeReceiver) -> None:
+    def __init__(self, make_receiver: MakeReceiver, gpus: str | None) -> None:
+        """`gpus`: those that it borrows, where it has none of its own."""
+        if gpus is not None:
+            device.see(gpus)
         super().__init__(make_receiver())
+
+    def gpus(self) -> str:
+        """Those that this worker sees, as CUDA_VISIBLE_DEVICES."""
+        return device.visible()
 
     def probe(self, weights: Weights, deadline_s: float) -> None:
         """Takes weights from end to end without a model."""
@@ -36,26 +45,30 @@ class RolloutActor(RolloutWorker):
 
 @dataclass(frozen=True)
 class Crew:
-    """What all rollout workers have in common."""
+    """What all rollout workers have in common. `lent` says which GPUs those in a bundle borrow, if
+    they do.
+    """
 
     places: Places
     make_engine: MakeEngine
     make_receiver: MakeReceiver
     deadline_s: float
+    lent: Callable[[int], str] | None = None
 
 
 class RemoteWorker:
     """See rollout.pool.Worker: one that is a Ray actor."""
 
-    def __init__(self, crew: Crew, bundle: int) -> None:
+    def __init__(self, crew: Crew, slot: Slot) -> None:
         """The actor is there, without its model, when `start` is called."""
-        self._crew, self._bundle = crew, bundle
+        self._crew, self._slot = crew, slot
+        self._lent = crew.lent(slot.bundle) if crew.lent else None
         self._actor = self._new()
 
     def _new(self) -> Any:
         actor = ray.remote(concurrency_groups={"weights": 1})(RolloutActor)
-        options = place(self._crew.places, self._bundle)
-        return actor.options(**options).remote(self._crew.make_receiver)
+        options = place(self._crew.places, self._slot)
+        return actor.options(**options).remote(self._crew.make_receiver, self._lent)
 
     def start(self) -> None:
         """Has the model loaded; does not wait for it."""
@@ -83,6 +96,12 @@ class RemoteWorker:
         self._call(actor, self._started)  # what went wrong there is said here
         answer: tuple[list[Rollout], float] = self._call(actor, actor.timed.remote(chunk))
         return answer
+
+    def sleep(self) -> None:
+        """See Worker."""
+        actor = self._actor
+        self._call(actor, self._started)
+        self._call(actor, actor.sleep.remote())
 
     def _call(self, actor: Any, answer: ray.ObjectRef, deadline_s: float | None = None) -> Any:
         try:

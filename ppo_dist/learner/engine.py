@@ -23,6 +23,7 @@ import deepspeed
 import deepspeed.comm
 import deepspeed.ops
 import torch
+from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum
 from torch import nn
 from transformers.integrations import HfDeepSpeedConfig
 
@@ -36,6 +37,12 @@ class _NotFinite(Exception):
     """Ends a step before the optimizer changes anything; the same on all ranks."""
 
 
+ONLY_TRAINING = [
+    OffloadStateTypeEnum.optim_states,
+    OffloadStateTypeEnum.hp_params,
+    OffloadStateTypeEnum.lp_grads,
+    OffloadStateTypeEnum.contiguous_grad_buffer,
+]
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
 
 
@@ -128,14 +135,28 @@ class ZeroEngine:
             model=module, optimizer=optimizer, config=_zero_config(learner, max_grad_norm)
         )
         self._world = torch.distributed.get_world_size()
+        self._is_asleep = False
 
     def __call__(self, *args: Any) -> Any:
         return self._engine(*args)
+
+    def sleep(self) -> None:
+        """Moves all that only training needs from the device's memory to the CPU's; what needs it
+        next brings it back.
+        """
+        self._engine.offload_states(include=ONLY_TRAINING, pin_memory=torch.cuda.is_available())
+        self._is_asleep = True
+
+    def _wake(self) -> None:
+        if self._is_asleep:
+            self._engine.reload_states()
+        self._is_asleep = False
 
     def backward(self, loss_sum: torch.Tensor) -> None:
         """Adds the gradient of a sum over this rank's tokens that is already divided by the global
         count.
         """
+        self._wake()
         self._engine.backward(loss_sum * self._world, scale_wrt_gas=False)
 
     def step(self, *lrs: float) -> float:
@@ -179,6 +200,7 @@ class ZeroEngine:
 
     def save(self, folder: Path) -> None:
         """Writes parameters and optimizer, each rank its part."""
+        self._wake()
         self._engine.save_checkpoint(str(folder), tag="state", save_latest=False)
 
     def load(self, folder: Path) -> None:

@@ -109,12 +109,18 @@ class LearnerWorker:
         return [self._update(shard, coefficients) for shard in shards]
 
     def publish(self, version: int) -> Weights | None:
-        """Sends the policy out from rank 0; the others only lend their shards."""
+        """Sends the policy out from rank 0; the others only lend their shards. Where learners and
+        rollout workers take turns, it is the others' then.
+        """
+        sent = None
         if self._seat.rank == 0:
-            return self._sender.publish(version, self._published())
-        for _ in self._published():
-            pass
-        return None
+            sent = self._sender.publish(version, self._published())
+        else:
+            for _ in self._published():
+                pass
+        if self._config.cluster.placement == "colocated":
+            self._sleep()
+        return sent
 
     def save_policy(self, folder: Path) -> None:
         """Writes the policy as a Hugging Face folder, whole or not at all."""
@@ -139,6 +145,12 @@ class LearnerWorker:
             )
         torch.save(torch.get_rng_state(), folder / f"random-{self._seat.rank}.pt")
         barrier()
+
+    def _sleep(self) -> None:
+        for engine in (self._policy, self._critic):
+            if engine is not None:
+                engine.sleep()
+        device.free_cache(self._device)
 
     def _published(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The language model's parameters as others know them. Every rank must take all."""

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from ppo_dist.device import free_cache
 from ppo_dist.protocols import NamedTensors
 from ppo_dist.rollout.sampling import draw, uniforms
 from ppo_dist.rollout.slots import Slots
@@ -63,6 +64,15 @@ class HfEngine:
         if targets:
             raise ValueError(f"version {version}: no weights for {', '.join(sorted(targets)[:3])}")
         self._version = version
+
+    def sleep(self) -> None:
+        """See RolloutEngine."""
+        self._lm.to("cpu")
+        free_cache(self._device)
+
+    def wake(self) -> None:
+        """See RolloutEngine."""
+        self._lm.to(self._device)
 
     @torch.inference_mode()
     def generate(self, chunk: Chunk) -> list[Rollout]:

@@ -23,7 +23,7 @@ class WorkerError(RuntimeError):
 
 
 class Worker(Protocol):
-    """A rollout worker, here or elsewhere; `receive` may come while it generates. Both raise
+    """A rollout worker, here or elsewhere; `receive` may come while it generates. All raise
     WorkerError.
     """
 
@@ -32,6 +32,9 @@ class Worker(Protocol):
 
     def timed(self, chunk: Chunk) -> tuple[list[Rollout], float]:
         """Rollouts of a chunk, and the seconds that they took."""
+
+    def sleep(self) -> None:
+        """Frees its device until the next chunk comes."""
 
 
 class _Member:
@@ -53,15 +56,17 @@ class Pool:
         keep: int,
         note: Callable[..., None] = lambda event, **details: None,
         prepare: Callable[[], object] = lambda: None,
+        takes_turns: bool = False,
     ) -> None:
         """Weights of the newest `keep` versions are kept for workers that need them again. `note`
-        hears of failures; `prepare` is called in every thread that a worker is driven from.
+        hears of failures; `prepare` is called in every thread that a worker is driven from. Workers
+        that take turns with the learners sleep when nothing is left to generate.
         """
         self._members = [_Member(worker) for worker in workers]
         self._idle = list(self._members)
         self._changed = threading.Condition()
         self._weights: dict[int, Weights] = {}
-        self._keep, self._note = keep, note
+        self._keep, self._note, self._takes_turns = keep, note, takes_turns
         self._threads = ThreadPoolExecutor(len(workers), "generate", prepare)
         self._senders = ThreadPoolExecutor(len(workers), "receive")
         self._underway: dict[int, list[Future[tuple[list[Rollout], float]]]] = {}
@@ -90,7 +95,13 @@ class Pool:
         """
         done = [future.result() for future in self._underway.pop(ticket)]
         self._busy += sum(seconds for _, seconds in done)
+        if self._takes_turns and not self._underway:
+            self.sleep()
         return [rollout for rollouts, _ in done for rollout in rollouts]
+
+    def sleep(self) -> None:
+        """Has all workers free their devices; the next chunk wakes them."""
+        list(self._threads.map(self._rests, self._members))
 
     def busy_s(self) -> float:
         """See RolloutPool."""
@@ -150,6 +161,12 @@ class Pool:
             return False
         member.versions = {v for v in member.versions if v in self._weights} | {weights.version}
         return True
+
+    def _rests(self, member: _Member) -> None:
+        try:
+            member.worker.sleep()
+        except WorkerError as error:
+            self._failed(member, -1, error)
 
     def _failed(self, member: _Member, version: int, error: WorkerError) -> None:
         """It may serve no version any more that it is not given again."""

@@ -1,23 +1,19 @@
 """The `vllm` engine: the only file that imports vLLM.
 
 vLLM runs its model in processes of its own, which import this file too (`WorkerSide`). New weights
-go there bucket by bucket through a file in shared memory, by vLLM's own weight-transfer API, for
-which `BucketEngine` is registered; each bucket's digest is checked there, and what was loaded is
-told back.
+go there bucket by bucket (rollout/handover.py) by vLLM's own weight-transfer API, for which
+`FileEngine` and `IpcEngine` are registered; the digest of what was loaded is told back.
 """
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from vllm.config import WeightTransferConfig
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
@@ -25,6 +21,10 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.distributed.weight_transfer.ipc_engine import (
+    IPCWeightTransferEngine,
+    IPCWeightTransferUpdateInfo,
+)
 from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
     initialize_layerwise_reload,
@@ -34,14 +34,12 @@ from ppo_dist import device
 from ppo_dist.config.workers import VllmEngine as VllmSection
 from ppo_dist.device import DeviceKind
 from ppo_dist.protocols import NamedTensors, WeightsError
+from ppo_dist.rollout.handover import HANDOVERS, digest_of
 from ppo_dist.rollout.sampling import seed
-from ppo_dist.transport.wire import Bucket, Part, buckets, of_all
+from ppo_dist.transport.wire import Bucket, Part, of_all
 from ppo_dist.types import Chunk, Request, Rollout, Sampling
 
-BACKEND = "ppo_dist"
 SEEDS = 2**62  # vLLM's are 64-bit and signed, and it adds the index of a response
-LOUDNESS = 0.3  # of the noise that proves loading, in standard deviations of a parameter
-SHARED_MEMORY = Path("/dev/shm")
 
 
 @dataclass
@@ -58,8 +56,8 @@ class _File(WeightTransferUpdateInfo):  # type: ignore[misc]
     digest: str
 
 
-class BucketEngine(WeightTransferEngine[_Nothing, _File]):  # type: ignore[misc]
-    """vLLM's end: takes buckets from files."""
+class FileEngine(WeightTransferEngine[_Nothing, _File]):  # type: ignore[misc]
+    """vLLM's end on a CPU: takes buckets from files."""
 
     init_info_cls = _Nothing
     update_info_cls = _File
@@ -82,17 +80,35 @@ class BucketEngine(WeightTransferEngine[_Nothing, _File]):  # type: ignore[misc]
         parts = tuple(Part(**{**p, "shape": tuple(p["shape"])}) for p in update_info.parts)
         bucket = Bucket(parts, raw, update_info.digest)
         bucket.check()
-        self.model.load_weights((name, t.to(self.device)) for name, t in bucket.tensors())
+        self.model.load_weights(bucket.tensors())
         self.digests.append(update_info.digest)
 
     def finish_weight_update(self) -> None:
         """See WeightTransferEngine."""
         finalize_layerwise_reload(self.model, self.model_config)
-        if self.device.type == "cpu":
-            _repack(self.model)
+        _repack(self.model)
 
     def shutdown(self) -> None:
         """See WeightTransferEngine."""
+
+
+class IpcEngine(IPCWeightTransferEngine):  # type: ignore[misc]
+    """vLLM's end on a GPU: its own `ipc` engine, which keeps the digest of what it takes."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.digests: list[str] = []
+
+    def start_weight_update(self) -> None:
+        """See WeightTransferEngine."""
+        self.digests = []
+        super().start_weight_update()
+
+    def receive_weights(self, update_info: IPCWeightTransferUpdateInfo) -> None:
+        """See WeightTransferEngine."""
+        handles = update_info.ipc_handles
+        self.digests.append(digest_of([device.imported(each, self.device) for each in handles]))
+        super().receive_weights(update_info)
 
 
 class WorkerSide:
@@ -103,8 +119,13 @@ class WorkerSide:
         return of_all(self.weight_transfer_engine.digests)  # type: ignore[attr-defined]
 
 
-if BACKEND not in WeightTransferEngineFactory._registry:
-    WeightTransferEngineFactory.register_engine(BACKEND, BucketEngine)
+def _register(name: str, engine: type[WeightTransferEngine]) -> None:
+    if name not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(name, engine)
+
+
+_register(HANDOVERS["cpu"].backend, FileEngine)
+_register(HANDOVERS["cuda"].backend, IpcEngine)
 
 
 def open_llm(
@@ -114,8 +135,11 @@ def open_llm(
     threads: int,
     kind: DeviceKind,
     trust_remote_code: bool = False,
+    sleeps: bool = False,
 ) -> Any:
-    """vLLM's `LLM` with the model as it is on disk, ready for `VllmEngine`."""
+    """vLLM's `LLM` with the model as it is on disk, ready for `VllmEngine`; one that `sleeps` where
+    the device supports it.
+    """
     device.before_vllm(kind, threads, section.kv_cache_gb)
     from vllm import LLM
 
@@ -130,9 +154,10 @@ def open_llm(
         enforce_eager=not section.compile,
         logprobs_mode="processed_logprobs",
         worker_extension_cls=f"{__name__}.{WorkerSide.__name__}",
-        weight_transfer_config=WeightTransferConfig(backend=BACKEND),
+        weight_transfer_config=WeightTransferConfig(backend=HANDOVERS[kind].backend),
         disable_log_stats=True,
-        **device.vllm_memory(kind, section.memory_share),
+        distributed_executor_backend="mp" if section.tensor_parallel > 1 else None,  # on one node
+        **device.vllm_memory(kind, section.memory_share, sleeps),
     )
 
 
@@ -164,44 +189,16 @@ class VllmEngine:
         tokenizer: PreTrainedTokenizerBase,
         stops: frozenset[int],
         bucket_bytes: int,
+        kind: DeviceKind,
     ) -> None:
+        self._handover = HANDOVERS[kind]
         self._llm, self._tokenizer = llm, tokenizer
         self._stops, self._bucket_bytes = sorted(stops), bucket_bytes
         self._llm.collective_rpc("init_weight_transfer_engine", args=({},))
+        self._sleeps = llm.llm_engine.vllm_config.model_config.enable_sleep_mode
         self._version: int | None = 0  # the model as it was read from disk
 
-    def prove_loading(self, lm: PreTrainedModel, tolerance: float) -> None:
-        """Loads weights far from those of `lm` (the learners' model, as it is on disk), embedding
-        and head among them, and then its own, as version 0; both times what vLLM says of some
-        tokens must be what `lm` says, within `tolerance` nats on average. In bf16 an update of
-        training could not tell: it is smaller than the noise.
-
-        Raises:
-            WeightsError: it says something else.
-        """
-        own = {name: p.detach().clone() for name, p in lm.named_parameters()}
-        generator = torch.Generator().manual_seed(0)
-        tokens_BT = torch.randint(lm.config.vocab_size, (4, 16), generator=generator)
-        before = _logprobs(lm, tokens_BT)
-        with torch.no_grad():
-            for parameter in lm.parameters():
-                noise = torch.randn(parameter.shape, generator=generator)
-                parameter.add_((LOUDNESS * parameter.float().std() * noise).to(parameter.dtype))
-        after = _logprobs(lm, tokens_BT)
-        assert float((after - before).abs().mean()) > 4 * tolerance, "not loud enough to tell"
-        for version, expected, weights in (
-            (-1, after, lm.named_parameters()),
-            (0, before, own.items()),
-        ):
-            self.load(version, weights)
-            gap = float((self._scores(tokens_BT) - expected).abs().mean())
-            if gap > tolerance:
-                raise WeightsError(
-                    "vLLM does not load new weights of this model right: its log-probabilities are "
-                    f"{gap:.3g} from the learners', where {tolerance:g} is allowed"
-                )
-
-    def _scores(self, tokens_BT: torch.Tensor) -> torch.Tensor:
+    def scores(self, tokens_BT: torch.Tensor) -> torch.Tensor:
         """Log-probabilities of all tokens but the first, (B, T−1)."""
         from vllm import SamplingParams
 
@@ -229,21 +226,25 @@ class VllmEngine:
         self._version = None  # until all of it is there
         sent: list[str] = []
         self._llm.collective_rpc("start_weight_update")
-        for bucket in buckets(weights, self._bucket_bytes):
-            with _shared(bucket) as path:
-                about = {
-                    "path": path,
-                    "parts": [asdict(part) for part in bucket.parts],
-                    "digest": bucket.digest,
-                }
-                self._llm.collective_rpc("update_weights", args=(about,))
-            sent.append(bucket.digest)
+        for update, digest in self._handover.updates(weights, self._bucket_bytes):
+            self._llm.collective_rpc("update_weights", args=(update,))
+            sent.append(digest)
         self._llm.collective_rpc("finish_weight_update")
         for loaded in self._llm.collective_rpc("loaded"):
             if loaded != of_all(sent):
                 raise WeightsError(f"version {version}: vLLM loaded something else")
         self._llm.reset_prefix_cache()  # it holds keys and values of the old weights
         self._version = version
+
+    def sleep(self) -> None:
+        """See RolloutEngine. The weights wait in the CPU's memory, the KV cache is dropped."""
+        if self._sleeps:
+            self._llm.sleep(level=1)
+
+    def wake(self) -> None:
+        """See RolloutEngine."""
+        if self._sleeps:
+            self._llm.wake_up()
 
     def generate(self, chunk: Chunk) -> list[Rollout]:
         """See RolloutEngine.
@@ -289,14 +290,6 @@ class VllmEngine:
         )
 
 
-@torch.no_grad()
-def _logprobs(lm: PreTrainedModel, tokens_BT: torch.Tensor) -> torch.Tensor:
-    """Of all tokens but the first, (B, T−1), on the CPU."""
-    logits = lm(input_ids=tokens_BT, use_cache=False).logits[:, :-1].float()
-    picked: torch.Tensor = logits.log_softmax(-1).gather(-1, tokens_BT[:, 1:, None])[..., 0]
-    return picked
-
-
 def _repack(model: torch.nn.Module) -> None:
     """vLLM on a CPU computes with a repacked copy of each linear layer, which for an output head
     that is tied to the embedding stays the old one when weights are loaded anew (vLLM 0.32).
@@ -307,13 +300,3 @@ def _repack(model: torch.nn.Module) -> None:
         weight = getattr(layer, "weight", None)
         if hasattr(layer, "cpu_linear") and weight is not None and weight.numel():
             dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
-
-
-@contextmanager
-def _shared(bucket: Bucket) -> Iterator[str]:
-    """A file of a bucket's bytes that lives in memory where there is such a place."""
-    folder = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
-    with tempfile.NamedTemporaryFile(prefix="ppo_dist-", dir=folder) as file:
-        bucket.raw.tofile(file)
-        file.flush()
-        yield file.name

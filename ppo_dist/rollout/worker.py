@@ -22,6 +22,7 @@ class RolloutWorker:
         self._receiver = receiver
         self._received: dict[int, Weights] = {}
         self._loaded: int | None = 0  # the model as it is on disk
+        self._is_asleep = False
 
     def start(self, make_engine: Callable[[], RolloutEngine]) -> None:
         """Loads the model. Versions can be received before."""
@@ -38,9 +39,18 @@ class RolloutWorker:
 
     def generate(self, chunk: Chunk) -> list[Rollout]:
         """See RolloutEngine. What is older than the chunk's version is forgotten."""
+        if self._is_asleep:
+            self._engine.wake()
+            self._is_asleep = False
         if self._loaded != chunk.version:
             self._load(chunk.version)
         return self._engine.generate(chunk)
+
+    def sleep(self) -> None:
+        """Frees the device's memory until the next chunk comes."""
+        if not self._is_asleep:
+            self._engine.sleep()
+        self._is_asleep = True
 
     def timed(self, chunk: Chunk) -> tuple[list[Rollout], float]:
         """Rollouts of a chunk, and the seconds that they took."""

@@ -130,7 +130,7 @@ def _vllm(job: Job) -> Run:
     llm = vllm.open_llm(job.model, _vllm_section(job), job.dtype, job.threads, available())
     vocabulary = _vocabulary(job)
     stops = frozenset(_stops(job, vocabulary))
-    made = vllm.VllmEngine(llm, AutoTokenizer.from_pretrained(job.model), stops, 2**28)
+    made = vllm.VllmEngine(llm, AutoTokenizer.from_pretrained(job.model), stops, 2**28, available())
     return lambda number: _lengths(made, job, vocabulary, number)
 
 

@@ -28,6 +28,14 @@ class Part:
     shape: tuple[int, ...]
     begin: int
 
+    def view(self, flat: torch.Tensor) -> torch.Tensor:
+        """The tensor, as a view of a bucket's bytes."""
+        dtype = getattr(torch, self.dtype)
+        count = int(np.prod(self.shape, dtype=np.int64))
+        raw = flat[self.begin : self.begin + count * dtype.itemsize]
+        tensor: torch.Tensor = raw.view(dtype).view(self.shape)
+        return tensor
+
 
 @dataclass(frozen=True, eq=False)
 class Bucket:
@@ -51,10 +59,7 @@ class Bucket:
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
             flat = torch.from_numpy(self.raw)
         for part in self.parts:
-            dtype = getattr(torch, part.dtype)
-            count = int(np.prod(part.shape, dtype=np.int64))
-            raw = flat[part.begin : part.begin + count * dtype.itemsize]
-            yield part.name, raw.view(dtype).view(part.shape)
+            yield part.name, part.view(flat)
 
 
 def digest(raw: NDArray[np.uint8] | bytes) -> str:

@@ -57,6 +57,8 @@ def check_rollout_engine(
         )
         for rollout in rollouts:
             check_rollout(rollout, chunk)
+        engine.sleep()
+        engine.wake()
         again = engine.generate(chunk)
         for one, two in zip(rollouts, again, strict=True):
             assert one.tokens_R.tolist() == two.tokens_R.tolist(), "a chunk decides its tokens"

@@ -17,13 +17,13 @@ TIMINGS = ("timing_s/", "perf/")
 RELATIVE, ABSOLUTE = 1e-4, 1e-6
 
 
-def run(folder: Path, stage: int, workers: int, kind: str = "ray") -> tuple[list[Any], list[Any]]:
+def run(folder: Path, stage: int, workers: int, **cluster: str) -> tuple[list[Any], list[Any]]:
     """Metrics rows and samples of three mixed steps."""
     raw = raw_config(
         folder,
         learner={"zero_stage": stage, "workers": workers},
         rollout={"workers": workers},
-        cluster={"kind": kind},
+        cluster={"kind": "ray", **cluster},
         tracking={"samples": 1000},
     )
     assert train(Config.model_validate(raw), resume=False, console=Console(quiet=True)) == 0
@@ -55,16 +55,20 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Any], list[
     return run(tmp_path_factory.mktemp("local") / "run", stage=1, workers=1, kind="local")
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    ("stage", "workers", "placement"),
+    [(stage, workers, "split") for stage in (0, 1, 2, 3) for workers in (1, 2)]
+    + [(2, 2, "colocated"), (3, 2, "colocated")],  # learners sleep while others generate
+)
 def test_layouts_give_the_same_run(
     ray_session: None,
     tmp_path: Path,
     expected: tuple[list[Any], list[Any]],
     stage: int,
     workers: int,
+    placement: str,
 ) -> None:
-    rows, samples = run(tmp_path / "run", stage, workers)
+    rows, samples = run(tmp_path / "run", stage, workers, placement=placement)
     assert_same(rows, expected[0])
     # rollouts token for token: the text decides the reward, and lengths are in the metrics
     key = ("step", "uid", "prompt", "response", "reward", "finish", "version")

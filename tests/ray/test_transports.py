@@ -22,8 +22,9 @@ from transformers import AutoTokenizer
 
 from ppo_dist import build
 from ppo_dist.build.engines import engine
+from ppo_dist.cluster.layout import layout
 from ppo_dist.cluster.pool import Crew, RemoteWorker
-from ppo_dist.cluster.session import places
+from ppo_dist.cluster.session import Places, nodes, reserved
 from ppo_dist.config import Config
 from ppo_dist.coordinator.loop import PUBLISH_ATTEMPTS
 from ppo_dist.data.chunks import chunks
@@ -109,10 +110,10 @@ def rig(
     )
     config = Config.model_validate(raw)
     sender, receiver = ends(request.param, tmp_path)
-    with build.cluster(config), places(config, 2, 1.0) as reserved:
+    with build.cluster(config), _places(config) as places:
         make_engine = engine(config, str(tiny_models["gpt2"]), "cpu")
-        crew = Crew(reserved, make_engine, receiver, DEADLINE_S)
-        workers = [RemoteWorker(crew, bundle) for bundle in range(2)]
+        crew = Crew(places, make_engine, receiver, DEADLINE_S)
+        workers = [RemoteWorker(crew, slot) for slot in places.slots]
         for worker in workers:
             worker.wait()
             worker.start()
@@ -121,6 +122,12 @@ def rig(
             made.publish(1)
             made.check(1)
             yield made
+
+
+@contextlib.contextmanager
+def _places(config: Config) -> Iterator[Places]:
+    with reserved(config, layout(config, nodes(), has_learners=False)) as (_, places):
+        yield places
 
 
 def ends(kind: str, folder: Path) -> tuple[Any, Any]:

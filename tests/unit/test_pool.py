@@ -33,6 +33,7 @@ class Fragile:
         self.crashes = 0
         self.wrong: list[int] = []
         self.replaced = 0
+        self.naps = 0
         self.gate: threading.Event | None = None
         self.served: list[int] = []
 
@@ -53,6 +54,9 @@ class Fragile:
         engine = FakeEngine()
         engine.version = chunk.version
         return engine.generate(chunk), 0.5
+
+    def sleep(self) -> None:
+        self.naps += 1
 
     def _replace(self) -> None:
         self.replaced += 1
@@ -151,3 +155,14 @@ def test_closing_replaces_nobody() -> None:
     with pytest.raises(WorkerError):
         made.collect(ticket)
     assert workers[0].replaced == 0
+
+
+def test_workers_that_take_turns_sleep_when_nothing_is_left_to_do() -> None:
+    workers = [Fragile(), Fragile()]
+    own = Pool(workers, 2, takes_turns=True)
+    first, second = own.submit(work(0)[:1]), own.submit(work(0)[1:])
+    own.collect(first)
+    assert [w.naps for w in workers] == [0, 0], "there is still something to generate"
+    own.collect(second)
+    assert [w.naps for w in workers] == [1, 1]
+    own.close()

@@ -1,0 +1,59 @@
+"""The proof that an engine which holds a model of its own loads new weights right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from transformers import PreTrainedModel
+
+from ppo_dist.protocols import NamedTensors, WeightsError
+
+LOUDNESS = 0.3  # of the noise, in standard deviations of a parameter
+
+
+def prove_loading(
+    load: Callable[[int, NamedTensors], None],
+    scores: Callable[[torch.Tensor], torch.Tensor],
+    lm: PreTrainedModel,
+    tolerance: float,
+) -> None:
+    """Has an engine load weights far from those of `lm` (the learners' model, as it is on disk),
+    embedding and head among them, and then its own, as version 0; both times what it says of some
+    tokens must be what `lm` says, within `tolerance` nats on average. In bf16 an update of training
+    could not tell: it is smaller than the noise.
+
+    `scores` takes tokens (B, T) and returns the log-probabilities of all but the first, (B, T−1).
+
+    Raises:
+        WeightsError: it says something else.
+    """
+    own = {name: p.detach().clone() for name, p in lm.named_parameters()}
+    generator = torch.Generator().manual_seed(0)
+    tokens_BT = torch.randint(lm.config.vocab_size, (4, 16), generator=generator)
+    before = logprobs(lm, tokens_BT)
+    with torch.no_grad():
+        for parameter in lm.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_((LOUDNESS * parameter.float().std() * noise).to(parameter.dtype))
+    after = logprobs(lm, tokens_BT)
+    assert float((after - before).abs().mean()) > 4 * tolerance, "not loud enough to tell"
+    for version, expected, weights in (
+        (-1, after, lm.named_parameters()),
+        (0, before, own.items()),
+    ):
+        load(version, weights)
+        gap = float((scores(tokens_BT) - expected).abs().mean())
+        if not gap <= tolerance:
+            raise WeightsError(
+                "the engine does not load new weights of this model right: its log-probabilities "
+                f"are {gap:.3g} from the learners', where {tolerance:g} is allowed"
+            )
+
+
+@torch.no_grad()
+def logprobs(lm: PreTrainedModel, tokens_BT: torch.Tensor) -> torch.Tensor:
+    """What a model says of all tokens but the first, (B, T−1), on the CPU."""
+    logits = lm(input_ids=tokens_BT, use_cache=False).logits[:, :-1].float()
+    picked: torch.Tensor = logits.log_softmax(-1).gather(-1, tokens_BT[:, 1:, None])[..., 0]
+    return picked
