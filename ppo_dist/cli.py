@@ -9,16 +9,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeAlias
 
-from ppo_dist.config import InputError
+from ppo_dist.config import InputError, RunError
 from ppo_dist.config.load import load
 
-EXIT_BAD_INPUT = 2
+EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command. Returns 0 done, 1 cells of a study failed, 2 bad config or input, 3 stopped
-    since updates were not finite or by the guard, 130 interrupted after a clean checkpoint.
+    """Runs one command. Returns 0 done, 1 workers or cells of a study failed, 2 bad config or
+    input, 3 stopped since updates were not finite or by the guard, 130 interrupted after a clean
+    checkpoint.
     """
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
@@ -35,6 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"ppo-dist: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
+    except RunError as error:
+        print(f"ppo-dist: {error} (`--resume` goes on from the last checkpoint)", file=sys.stderr)
+        return EXIT_FAILED
     return code
 
 

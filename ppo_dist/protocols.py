@@ -180,7 +180,9 @@ class RolloutPool(Protocol):
         """
 
     def collect(self, ticket: int) -> list[Rollout]:
-        """Waits for what was submitted under a ticket, once; rollouts in its chunks' order."""
+        """Waits for what was submitted under a ticket, once; rollouts in its chunks' order. Raises
+        RunError if no worker can do it.
+        """
 
     def busy_s(self) -> float:
         """Seconds that workers, added up, spent on what was collected since this was last asked."""

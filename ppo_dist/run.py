@@ -14,7 +14,7 @@ import yaml
 from rich.console import Console
 
 from ppo_dist import build
-from ppo_dist.config import Config, InputError
+from ppo_dist.config import Config, InputError, RunError
 from ppo_dist.config.load import dump
 from ppo_dist.coordinator.loop import Loop, Outcome
 from ppo_dist.coordinator.state import Checkpoints, RunState, read_state
@@ -47,6 +47,7 @@ def train(config: Config, resume: bool | Path, console: Console) -> int:
 
     Raises:
         InputError: config, data, run folder or cluster do not allow it.
+        RunError: workers failed for good.
     """
     folder = Path(config.run.dir)
     if _complete(folder, config):
@@ -78,6 +79,9 @@ def train(config: Config, resume: bool | Path, console: Console) -> int:
         with build.cluster(config), _interrupts() as interrupted:
             journey = Journey(config, model_path, encoded, memory, tracker)
             outcome, loop = journey.run(checkpoint, state, interrupted)
+    except RunError as error:
+        record_event(folder, "failed", reason=str(error))
+        raise
     finally:
         tracker.close()
     return _ended(folder, outcome, loop, console)

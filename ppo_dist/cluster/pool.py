@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from ppo_dist import device
 from ppo_dist.cluster.groups import place
@@ -93,24 +93,35 @@ class RemoteWorker:
     def timed(self, chunk: Chunk) -> tuple[list[Rollout], float]:
         """See Worker."""
         actor = self._actor
-        self._call(actor, self._started)  # what went wrong there is said here
+        self._wait_for_engine(actor)
         answer: tuple[list[Rollout], float] = self._call(actor, actor.timed.remote(chunk))
         return answer
 
     def sleep(self) -> None:
         """See Worker."""
         actor = self._actor
-        self._call(actor, self._started)
+        self._wait_for_engine(actor)
         self._call(actor, actor.sleep.remote())
+
+    def _wait_for_engine(self, actor: Any) -> None:
+        try:
+            ray.get(self._started)
+        except RayActorError as error:
+            raise self._lost(actor, error) from None
+        except RayTaskError as error:
+            reason = f"its engine does not start: {error.cause}"
+            raise WorkerError(reason, is_final=True) from error
 
     def _call(self, actor: Any, answer: ray.ObjectRef, deadline_s: float | None = None) -> Any:
         try:
             return ray.get(answer, timeout=deadline_s)
         except (RayActorError, GetTimeoutError) as error:
-            reason = str(error).splitlines()[0] or f"no answer in {deadline_s:g} s"
-            raise WorkerError(reason, lambda: self._replace(actor)) from None
+            raise self._lost(actor, error) from None
         except WeightsError as error:
-            raise WorkerError(str(error)) from None
+            raise WorkerError(str(getattr(error, "cause", error))) from None
+
+    def _lost(self, actor: Any, error: Exception) -> WorkerError:
+        return WorkerError(str(error).splitlines()[0], lambda: self._replace(actor))
 
     def _replace(self, lost: Any) -> None:
         if self._actor is not lost:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pydantic import Field, model_validator
 
 from ppo_dist.config.algorithm import Algorithm, Mix
-from ppo_dist.config.base import ORIGINS, InputError, Origin, Section
+from ppo_dist.config.base import ORIGINS, InputError, Origin, RunError, Section
 from ppo_dist.config.combinations import corrects, impossible, sees_answer, uses
 from ppo_dist.config.data import Critic, Data, Model, Reference
 from ppo_dist.config.reward import Reward
@@ -29,6 +29,7 @@ __all__ = [
     "Config",
     "InputError",
     "Origin",
+    "RunError",
     "Section",
     "corrects",
     "sees_answer",

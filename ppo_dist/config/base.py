@@ -16,6 +16,10 @@ class InputError(Exception):
     """A config, data file or request that the user must mend: printed as one line, exit code 2."""
 
 
+class RunError(Exception):
+    """A run whose workers failed for good: printed as one line, exit code 1; it can be resumed."""
+
+
 class Section(BaseModel):
     """A block of keys: unknown ones are refused, values do not change after loading."""
 

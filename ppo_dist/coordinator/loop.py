@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ppo_dist.config import Config
+from ppo_dist.config import Config, RunError
 from ppo_dist.config.algorithm import KlInLoss
 from ppo_dist.coordinator.ahead import Ahead
 from ppo_dist.coordinator.evaluate import Evaluator
@@ -237,7 +237,7 @@ class Loop:
                     if self._parts.pool.load(self._parts.learners.publish(self.state.version)):
                         break
                 else:
-                    raise RuntimeError(f"no rollout worker takes version {self.state.version}")
+                    raise RunError(f"no rollout worker takes version {self.state.version}")
             self._loaded_version = self.state.version
 
     def _evaluate(self, watch: Stopwatch) -> Row:

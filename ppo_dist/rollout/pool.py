@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
+from ppo_dist.config import RunError
 from ppo_dist.types import Chunk, Rollout, Weights
 
 ATTEMPTS = 3
@@ -14,12 +15,14 @@ ATTEMPTS = 3
 
 class WorkerError(RuntimeError):
     """A worker did not do what it was told. `replace` puts a new one in its place, if it never will
-    again.
+    again; `is_final` says that no other would do better there.
     """
 
-    def __init__(self, reason: str, replace: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self, reason: str, replace: Callable[[], None] | None = None, is_final: bool = False
+    ) -> None:
         super().__init__(reason)
-        self.replace = replace
+        self.replace, self.is_final = replace, is_final
 
 
 class Worker(Protocol):
@@ -38,16 +41,17 @@ class Worker(Protocol):
 
 
 class _Member:
-    """A worker and the versions that it can serve."""
+    """A worker and the versions that it can serve; one that is out gets nothing to do any more."""
 
     def __init__(self, worker: Worker) -> None:
-        self.worker, self.versions = worker, {0}
+        self.worker, self.versions, self.is_out = worker, {0}, False
 
 
 class Pool:
     """The RolloutPool of the system; see protocols.py. A free worker takes the next chunk, so all
     stay busy while whoever submitted does something else. A worker serves no version that it did
-    not receive whole; one that is lost is replaced, and its chunk is done by another.
+    not receive whole; one that is lost is replaced, and its chunk is done by another. One that
+    cannot be started is left out from then on.
     """
 
     def __init__(
@@ -73,13 +77,15 @@ class Pool:
         self._tickets = 0
         self._busy = 0.0
         self._closed = False
+        self._last_reason = ""
 
     def load(self, weights: Weights) -> bool:
         """See RolloutPool."""
         self._weights[weights.version] = weights
         for old in sorted(self._weights)[: -self._keep]:
             del self._weights[old]
-        return any(list(self._senders.map(lambda m: self._receives(m, weights), self._members)))
+        fit = [member for member in self._members if not member.is_out]
+        return any(list(self._senders.map(lambda m: self._receives(m, weights), fit)))
 
     def submit(self, chunks: Sequence[Chunk]) -> int:
         """See RolloutPool."""
@@ -88,12 +94,11 @@ class Pool:
         return self._tickets
 
     def collect(self, ticket: int) -> list[Rollout]:
-        """See RolloutPool.
-
-        Raises:
-            WorkerError: no worker could do it.
-        """
-        done = [future.result() for future in self._underway.pop(ticket)]
+        """See RolloutPool."""
+        try:
+            done = [future.result() for future in self._underway.pop(ticket)]
+        except WorkerError as error:
+            raise RunError(f"rollout workers: {error}") from None
         self._busy += sum(seconds for _, seconds in done)
         if self._takes_turns and not self._underway:
             self.sleep()
@@ -133,11 +138,13 @@ class Pool:
             if version in member.versions or self._receives(member, self._weights[version]):
                 return member
             self._release(member)
-        raise WorkerError(f"no rollout worker could be given version {version}")
+        raise WorkerError(f"none could be given version {version}: {self._last_reason}")
 
     def _take(self, version: int) -> _Member:
         with self._changed:
             while True:
+                if all(member.is_out for member in self._members):
+                    raise WorkerError(f"none is left; the last one: {self._last_reason}")
                 self._idle.sort(key=lambda member: version not in member.versions)
                 weights = self._weights.get(version)
                 if self._idle and (
@@ -145,12 +152,13 @@ class Pool:
                 ):
                     return self._idle.pop(0)
                 if not any(version in member.versions for member in self._members):
-                    raise WorkerError(f"no rollout worker has version {version}")
+                    raise WorkerError(f"none has version {version}: {self._last_reason}")
                 self._changed.wait()
 
     def _release(self, member: _Member) -> None:
         with self._changed:
-            self._idle.append(member)
+            if not member.is_out:
+                self._idle.append(member)
             self._changed.notify_all()
 
     def _receives(self, member: _Member, weights: Weights) -> bool:
@@ -170,7 +178,8 @@ class Pool:
 
     def _failed(self, member: _Member, version: int, error: WorkerError) -> None:
         """It may serve no version any more that it is not given again."""
-        member.versions = set()
+        member.versions, member.is_out = set(), error.is_final
+        self._last_reason = str(error)
         if self._closed:
             return
         number = self._members.index(member)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ppo_dist.config import RunError
 from ppo_dist.data.chunks import chunks
 from ppo_dist.rollout.pool import Pool, WorkerError
 from ppo_dist.types import Chunk, Prompt, Rollout, Sampling, Weights
@@ -34,6 +35,7 @@ class Fragile:
         self.wrong: list[int] = []
         self.replaced = 0
         self.naps = 0
+        self.breaks = False
         self.gate: threading.Event | None = None
         self.served: list[int] = []
 
@@ -45,6 +47,8 @@ class Fragile:
     def timed(self, chunk: Chunk) -> tuple[list[Rollout], float]:
         if self.gate is not None:
             self.gate.wait(10)
+        if self.breaks:
+            raise WorkerError("no engine", is_final=True)
         if chunk.version not in self.received:
             self.wrong.append(chunk.version)
         if self.crashes:
@@ -106,7 +110,7 @@ def test_nobody_has_a_version_that_was_sent_once() -> None:
     for worker in workers:
         worker.refuses = {1}
     assert not made.load(Weights(1, (), again=False))
-    with pytest.raises(WorkerError, match="no rollout worker has version 1"):
+    with pytest.raises(RunError, match="none has version 1"):
         made.collect(made.submit(work(1)))
 
 
@@ -125,7 +129,7 @@ def test_a_chunk_that_always_fails_ends_it() -> None:
     assert made.load(Weights(1, ()))
     for worker in workers:
         worker.crashes = 100
-    with pytest.raises(WorkerError, match="failed 3 times: crashed"):
+    with pytest.raises(RunError, match="failed 3 times: crashed"):
         made.collect(made.submit(work(1)[:1]))
 
 
@@ -152,9 +156,22 @@ def test_closing_replaces_nobody() -> None:
     ticket = made.submit(work(0)[:1])
     made.close()
     gate.set()
-    with pytest.raises(WorkerError):
+    with pytest.raises(RunError):
         made.collect(ticket)
     assert workers[0].replaced == 0
+
+
+def test_a_worker_that_cannot_start_is_left_out() -> None:
+    own, workers, events = pool(2)
+    workers[0].breaks = True
+    for _ in range(3):
+        assert len(own.collect(own.submit(work(0)))) == 6
+    assert len([e for e in events if e["worker"] == 0]) == 1, "it is asked once"
+    workers[1].breaks = True
+    with pytest.raises(RunError, match="none is left; the last one: no engine"):
+        own.collect(own.submit(work(0)))
+    assert not own.load(Weights(1, ()))
+    own.close()
 
 
 def test_workers_that_take_turns_sleep_when_nothing_is_left_to_do() -> None:
