@@ -111,6 +111,19 @@ def _add_beside_training(commands: Commands) -> None:
     )
     command.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
 
+    what = "measure how fast weights get from learners to rollout workers, without a model"
+    example = "ppo-dist bench-weights --kinds store collective --megabytes 500 --workers 4"
+    command = _add(commands, "bench-weights", _bench_weights, what, example)
+    kinds = ["store", "collective", "disk"]
+    command.add_argument("--kinds", nargs="+", default=kinds, metavar="KIND", help="transports")
+    for name, default, meaning in (
+        ("megabytes", 500, "size of a version"),
+        ("workers", 4, "rollout workers"),
+        ("bucket-mb", 64, "megabytes sent at a time"),
+        ("repeats", 5, "rounds that count"),
+    ):
+        command.add_argument(f"--{name}", type=int, default=default, help=meaning)
+
     what = "turn a checkpoint into a Hugging Face folder"
     example = "ppo-dist export runs/quickstart/checkpoints/step-00000100 out/"
     command = _add(commands, "export", _export, what, example)
@@ -190,6 +203,15 @@ def _label_efficiency(arguments: argparse.Namespace) -> int:
     from ppo_dist.study.efficiency import label_efficiency
 
     return label_efficiency(study, arguments.config, Console())
+
+
+def _bench_weights(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from ppo_dist.study.bandwidth import Load, bench_weights
+
+    load = Load(arguments.megabytes, arguments.workers, arguments.bucket_mb, arguments.repeats)
+    return bench_weights(load, arguments.kinds, Console())
 
 
 def _bench(arguments: argparse.Namespace) -> int:

@@ -6,7 +6,7 @@ rest.
 
 from ppo_dist.build.data import Rows, check, check_model, located, model_folder
 from ppo_dist.build.parts import advantage_estimator, gate, reward_source
-from ppo_dist.build.workers import cluster, learners, rollout_pool, workers
+from ppo_dist.build.workers import cluster, connected, learners, rollout_pool, workers
 
 __all__ = [
     "Rows",
@@ -14,6 +14,7 @@ __all__ = [
     "check",
     "check_model",
     "cluster",
+    "connected",
     "gate",
     "learners",
     "located",

@@ -16,6 +16,7 @@ from ppo_dist.tracking.local import record_event
 ANY_PORT = 0  # a rank that is alone meets nobody
 
 if TYPE_CHECKING:
+    from ppo_dist.cluster.groups import RayRanks
     from ppo_dist.cluster.pool import RemoteWorker
     from ppo_dist.device import DeviceKind
     from ppo_dist.learner.group import Ranks
@@ -53,23 +54,37 @@ def workers(
         with learners(config, model_path, resume) as group, rollout_pool(config, model_path) as own:
             yield group, own
         return
+    takes_turns = config.cluster.placement == "colocated"
+    with (
+        connected(config, model_path) as (ranks, remote),
+        _started(config, remote, takes_turns) as pool,
+    ):
+        ranks.start(config, model_path, resume)
+        yield _group(config, ranks), pool
+
+
+@contextlib.contextmanager
+def connected(config: Config, model_path: str) -> Iterator[tuple[RayRanks, list[RemoteWorker]]]:
+    """Learners and rollout workers as Ray actors that have loaded nothing yet, started inside
+    `cluster`.
+
+    Raises:
+        InputError: the cluster has no room for them, or weights do not get from one to the other.
+    """
     from ppo_dist.cluster.groups import RayRanks
     from ppo_dist.cluster.layout import layout
     from ppo_dist.cluster.pool import Crew, RemoteWorker
     from ppo_dist.cluster.session import nodes, reserved
 
-    takes_turns = config.cluster.placement == "colocated"
     with reserved(config, layout(config, nodes())) as (of_learners, of_rollouts):
         ranks = RayRanks(of_learners, transports.sender(config, of_learners.device))
         receiver = transports.receiver(config, of_rollouts.device, *ranks.sends_from)
         make_engine = engine(config, model_path, of_rollouts.device)
-        lent = ranks.gpus if takes_turns else None
+        lent = ranks.gpus if config.cluster.placement == "colocated" else None
         crew = Crew(of_rollouts, make_engine, receiver, config.transport.deadline_s, lent)
         remote = [RemoteWorker(crew, slot) for slot in of_rollouts.slots]
         transports.preflight(config, ranks, remote)
-        with _started(config, remote, takes_turns) as pool:
-            ranks.start(config, model_path, resume)
-            yield _group(config, ranks), pool
+        yield ranks, remote
 
 
 @contextlib.contextmanager

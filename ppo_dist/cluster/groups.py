@@ -46,9 +46,9 @@ class LearnerActor(LearnerWorker):
         """Those that this worker sees, as CUDA_VISIBLE_DEVICES."""
         return device.visible()
 
-    def probe(self, nbytes: int) -> Weights:
-        """Publishes that much without a model, as version −1."""
-        return self._opened.publish(-1, probe(nbytes))
+    def probe(self, nbytes: int, version: int) -> Weights:
+        """Publishes that much without a model."""
+        return self._opened.publish(version, probe(nbytes))
 
     def start(self, config: Config, model_path: str, seat: Seat, resume: Path | None) -> None:
         """Loads the models and joins the others."""
@@ -73,9 +73,9 @@ class RayRanks:
         there = zip(self._actors, self._places.slots, strict=True)
         return ",".join(ray.get([a.gpus.remote() for a, slot in there if slot.bundle == bundle]))
 
-    def probe(self, nbytes: int) -> Weights:
-        """Publishes that much from rank 0 without a model."""
-        weights: Weights = ray.get(self._actors[0].probe.remote(nbytes))
+    def probe(self, nbytes: int, version: int = -1) -> Weights:
+        """Publishes about that much from rank 0 without a model."""
+        weights: Weights = ray.get(self._actors[0].probe.remote(nbytes, version))
         return weights
 
     def start(self, config: Config, model_path: str, resume: Path | None) -> None:

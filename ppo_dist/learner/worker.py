@@ -4,6 +4,7 @@ Ray actor.
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -54,9 +55,11 @@ class UpdateShard:
     counts: TokenCounts
 
 
+@functools.lru_cache(maxsize=1)
 def probe(nbytes: int) -> NamedTensors:
-    """That many bytes to send, where there is no model yet."""
-    return [("probe", torch.arange(nbytes // 8))]
+    """About that many bytes to send, where there is no model yet."""
+    numbers = torch.arange(nbytes // 8)
+    return [(f"probe.{at}", numbers[at : at + MEGABYTE]) for at in range(0, len(numbers), MEGABYTE)]
 
 
 class LearnerWorker:

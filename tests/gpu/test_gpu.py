@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from rich.console import Console
 
 from ppo_dist.config import Config
 from ppo_dist.run import train
+from ppo_dist.tracking.local import read_rows
 from tests.conftest import raw_config
 
 pytestmark = [
@@ -22,10 +24,77 @@ pytestmark = [
 def test_a_run_on_one_gpu(tmp_path: Path, dtype: str, stage: int) -> None:
     """Learner and rollout worker in one process on one device; their log-probabilities agree."""
     raw = raw_config(tmp_path / "run", learner={"dtype": dtype, "zero_stage": stage})
-    config = Config.model_validate(raw)
-    assert train(config, resume=False, console=Console(quiet=True)) == 0
-    from ppo_dist.tracking.local import read_rows
-
-    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    rows = _rows(raw)
     limit = 1e-3 if dtype == "fp32" else 0.2
     assert all(row["rollout/logprob_gap"] < limit for row in rows[1:])
+
+
+def test_a_bucket_is_handed_to_another_process(tmp_path: Path) -> None:
+    """Through a GPU's own memory: what arrives has the digest of what was sent."""
+    from ppo_dist.rollout.handover import through_gpus
+
+    weights = [("a", torch.randn(300, 7, dtype=torch.bfloat16)), ("b", torch.randn(5))]
+    context = torch.multiprocessing.get_context("spawn")
+    for told, digest in through_gpus([(n, t.cuda()) for n, t in weights], 2**10):
+        answers = context.SimpleQueue()
+        process = context.Process(target=_digest_of, args=(told["ipc_handles"], answers))
+        process.start()
+        assert answers.get() == digest
+        process.join()
+
+
+def _digest_of(handles: list[dict[str, tuple[Any, ...]]], answers: Any) -> None:
+    from ppo_dist.device import imported
+    from ppo_dist.rollout.handover import digest_of
+
+    here = torch.device("cuda", 0)
+    answers.put(digest_of([imported(each, here) for each in handles]))
+
+
+def test_learner_and_rollout_worker_take_turns_on_one_gpu(tmp_path: Path) -> None:
+    """The same numbers as in one process, and the learner's states leave the GPU while others
+    generate.
+    """
+    sections = {"learner": {"zero_stage": 2}, "eval": {"every": 1}}
+    alone = raw_config(tmp_path / "alone", cluster={"kind": "local"}, **sections)
+    turns = raw_config(
+        tmp_path / "turns", cluster={"kind": "ray", "placement": "colocated"}, **sections
+    )
+    rows = [_rows(raw) for raw in (alone, turns)]
+    for one, other in zip(*rows, strict=True):
+        for key in ("reward/verifiable/mean", "policy/loss", "eval/held_out/accuracy"):
+            assert other[key] == pytest.approx(one[key], rel=1e-3, abs=1e-5), key
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("transport", ["collective", "store"])
+def test_a_learner_and_a_rollout_worker_on_two_gpus(tmp_path: Path, transport: str) -> None:
+    raw = raw_config(
+        tmp_path / "run",
+        cluster={"kind": "ray"},
+        transport={"kind": transport},
+        learner={"dtype": "bf16", "zero_stage": 2},
+    )
+    assert all(row["rollout/logprob_gap"] < 0.2 for row in _rows(raw)[1:])
+
+
+@pytest.mark.slow
+def test_vllm_proves_that_it_loads(tmp_path: Path) -> None:
+    """Colocated on one GPU with the learners: through CUDA IPC, and asleep in turn."""
+    pytest.importorskip("vllm", reason="vLLM is not installed (extra vllm)")
+    from tests.vllm.test_vllm import MODEL, smollm
+
+    if not MODEL.exists():
+        pytest.skip(f"first: ppo-dist fetch smollm2-135m models/{MODEL.name}")
+    raw = smollm(
+        tmp_path / "run",
+        learner={"workers": 1, "dtype": "bf16", "zero_stage": 2},
+        cluster={"placement": "colocated"},
+        rollout={"engine": {"kind": "vllm", "max_model_tokens": 256, "memory_share": 0.3}},
+    )
+    assert all(row["rollout/logprob_gap"] < 0.2 for row in _rows(raw)[1:])
+
+
+def _rows(raw: dict[str, Any]) -> list[dict[str, Any]]:
+    assert train(Config.model_validate(raw), resume=False, console=Console(quiet=True)) == 0
+    return read_rows(Path(raw["run"]["dir"]) / "metrics.jsonl")

@@ -18,13 +18,12 @@ from typing import Any
 import ray
 from ray.cluster_utils import Cluster
 
-from ppo_dist.cluster.groups import RayRanks, place
+from ppo_dist import build
+from ppo_dist.cluster.groups import place
 from ppo_dist.cluster.layout import layout
-from ppo_dist.cluster.pool import Crew, RemoteWorker
 from ppo_dist.cluster.session import Places, nodes, reserved
 from ppo_dist.config import Config, InputError
 from ppo_dist.config.load import load
-from ppo_dist.transport.store import StoreReceiver, StoreSender
 
 CPUS = 16
 
@@ -43,16 +42,13 @@ def small(places: Places) -> list[Any]:
     return [list(found) for found in ray.get([seat.where.remote() for seat in made])]
 
 
-def actors(config: Config, learners: Places, rollouts: Places) -> dict[str, Any]:
-    ranks = RayRanks(learners, lambda: StoreSender(2**20))
-    lent = ranks.gpus if config.cluster.placement == "colocated" else None
-    crew = Crew(rollouts, lambda: None, StoreReceiver, 10.0, lent)
-    remote = [RemoteWorker(crew, slot) for slot in rollouts.slots]
-    found = {
-        "learners": [a.__ray_call__.remote(where) for a in ranks._actors],
-        "rollouts": [w._actor.__ray_call__.remote(where) for w in remote],
-    }
-    return {kind: [list(each) for each in ray.get(refs)] for kind, refs in found.items()}
+def actors(config: Config) -> dict[str, Any]:
+    with build.connected(config, "none") as (ranks, remote):
+        found = {
+            "learners": [a.__ray_call__.remote(where) for a in ranks._actors],
+            "rollouts": [w._actor.__ray_call__.remote(where) for w in remote],
+        }
+        return {kind: [list(each) for each in ray.get(refs)] for kind, refs in found.items()}
 
 
 def main(count: int, gpus: int, path: Path, has_actors: bool) -> dict[str, Any]:
@@ -62,9 +58,9 @@ def main(count: int, gpus: int, path: Path, has_actors: bool) -> dict[str, Any]:
         cluster.add_node(num_cpus=CPUS, num_gpus=gpus, include_dashboard=False)
     try:
         ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+        if has_actors:
+            return actors(config)
         with reserved(config, layout(config, nodes())) as (learners, rollouts):
-            if has_actors:
-                return actors(config, learners, rollouts)
             return {"learners": small(learners), "rollouts": small(rollouts)}
     except InputError as error:
         return {"error": str(error)}
