@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import ray
 import torch
+from rich.console import Console
 from transformers import AutoTokenizer
 
 from ppo_dist import build
@@ -25,13 +26,14 @@ from ppo_dist.build.engines import engine
 from ppo_dist.cluster.layout import layout
 from ppo_dist.cluster.pool import Crew, RemoteWorker
 from ppo_dist.cluster.session import Places, nodes, reserved
-from ppo_dist.config import Config
+from ppo_dist.config import Config, InputError
 from ppo_dist.coordinator.loop import PUBLISH_ATTEMPTS
 from ppo_dist.data.chunks import chunks
 from ppo_dist.models.policy import load_policy
 from ppo_dist.protocols import WeightSender
 from ppo_dist.rollout.hf import HfEngine
 from ppo_dist.rollout.pool import Pool
+from ppo_dist.study.bandwidth import Load, bench_weights
 from ppo_dist.transport import collective, disk, wire
 from ppo_dist.transport.collective import CollectiveReceiver, CollectiveSender
 from ppo_dist.transport.disk import DiskReceiver, DiskSender
@@ -175,3 +177,12 @@ def test_spoiled_weights_are_never_served(rig: Rig, monkeypatch: pytest.MonkeyPa
     assert len(rig.events) == 2 and all("changed" in event["reason"] for event in rig.events)
     rig.publish(2)  # what the loop does then
     rig.check(2)
+
+
+def test_bandwidth_is_measured_from_end_to_end(ray_session: None) -> None:
+    console = Console(record=True, quiet=True, width=100)
+    assert bench_weights(Load(8, workers=1, bucket_mb=1, repeats=2), ["store"], console) == 0
+    (row,) = [line for line in console.export_text().splitlines() if "store" in line]
+    assert float(row.split("│")[2]) > 0
+    with pytest.raises(InputError, match="pigeon is not one of"):
+        bench_weights(Load(8, workers=1, bucket_mb=1, repeats=2), ["pigeon"], console)
