@@ -37,14 +37,15 @@ def visible() -> str:
     return os.environ.get("CUDA_VISIBLE_DEVICES", "")
 
 
-def see(gpus: str) -> None:
-    """Lets this process see other GPUs, of the same node. Call it before any other work in it."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = gpus
+def seeing(gpus: str) -> dict[str, str]:
+    """The environment of a process that sees these GPUs though Ray gave it none."""
+    return {"CUDA_VISIBLE_DEVICES": gpus, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 
 
 def free_cache(device: torch.device) -> None:
     """Gives memory that torch keeps for later back to the device."""
     if device.type == "cuda":
+        torch.cuda.ipc_collect()  # type: ignore[no-untyped-call]
         torch.cuda.empty_cache()
 
 

@@ -26,15 +26,8 @@ MakeReceiver = Callable[[], WeightReceiver]
 class RolloutActor(RolloutWorker):
     """A RolloutWorker that opens its end of the transport by itself."""
 
-    def __init__(self, make_receiver: MakeReceiver, gpus: str | None) -> None:
-        """`gpus`: those that it borrows, where it has none of its own."""
-        if gpus is not None:
-            device.see(gpus)
+    def __init__(self, make_receiver: MakeReceiver) -> None:
         super().__init__(make_receiver())
-
-    def gpus(self) -> str:
-        """Those that this worker sees, as CUDA_VISIBLE_DEVICES."""
-        return device.visible()
 
     def probe(self, weights: Weights, deadline_s: float) -> None:
         """Takes weights from end to end without a model."""
@@ -63,12 +56,14 @@ class RemoteWorker:
         """The actor is there, without its model, when `start` is called."""
         self._crew, self._slot = crew, slot
         self._lent = crew.lent(slot.bundle) if crew.lent else None
-        self._actor = self._new()
+        self._actor, self._is_replacement = self._new(), False
 
     def _new(self) -> Any:
         actor = ray.remote(concurrency_groups={"weights": 1})(RolloutActor)
         options = place(self._crew.places, self._slot)
-        return actor.options(**options).remote(self._crew.make_receiver, self._lent)
+        if self._lent is not None:  # before the process begins: torch looks once
+            options["runtime_env"] = {"env_vars": device.seeing(self._lent)}
+        return actor.options(**options).remote(self._crew.make_receiver)
 
     def start(self) -> None:
         """Has the model loaded; does not wait for it."""
@@ -110,6 +105,8 @@ class RemoteWorker:
             raise self._lost(actor, error) from None
         except RayTaskError as error:
             reason = f"its engine does not start: {error.cause}"
+            if self._is_replacement:  # what the lost one held may not be free yet
+                raise WorkerError(reason, lambda: self._replace(actor)) from error
             raise WorkerError(reason, is_final=True) from error
 
     def _call(self, actor: Any, answer: ray.ObjectRef, deadline_s: float | None = None) -> Any:
@@ -119,14 +116,17 @@ class RemoteWorker:
             raise self._lost(actor, error) from None
         except WeightsError as error:
             raise WorkerError(str(getattr(error, "cause", error))) from None
+        except RayTaskError as error:  # its engine may be dead or half loaded
+            raise self._lost(actor, error.cause) from error
 
     def _lost(self, actor: Any, error: Exception) -> WorkerError:
-        return WorkerError(str(error).splitlines()[0], lambda: self._replace(actor))
+        reason = str(error).splitlines() or [type(error).__name__]
+        return WorkerError(reason[0], lambda: self._replace(actor))
 
     def _replace(self, lost: Any) -> None:
         if self._actor is not lost:
             return  # somebody else has seen it too
         with contextlib.suppress(RayActorError):
             ray.kill(lost)
-        self._actor = self._new()
+        self._actor, self._is_replacement = self._new(), True
         self.start()

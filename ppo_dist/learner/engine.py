@@ -23,7 +23,6 @@ import deepspeed
 import deepspeed.comm
 import deepspeed.ops
 import torch
-from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum
 from torch import nn
 from transformers.integrations import HfDeepSpeedConfig
 
@@ -37,12 +36,6 @@ class _NotFinite(Exception):
     """Ends a step before the optimizer changes anything; the same on all ranks."""
 
 
-ONLY_TRAINING = [
-    OffloadStateTypeEnum.optim_states,
-    OffloadStateTypeEnum.hp_params,
-    OffloadStateTypeEnum.lp_grads,
-    OffloadStateTypeEnum.contiguous_grad_buffer,
-]
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
 
 
@@ -135,22 +128,32 @@ class ZeroEngine:
             model=module, optimizer=optimizer, config=_zero_config(learner, max_grad_norm)
         )
         self._world = torch.distributed.get_world_size()
-        self._is_asleep = False
+        self._asleep: list[tuple[torch.Tensor, torch.device]] = []  # and where they belong
 
     def __call__(self, *args: Any) -> Any:
         return self._engine(*args)
 
     def sleep(self) -> None:
-        """Moves all that only training needs from the device's memory to the CPU's; what needs it
-        next brings it back.
+        """Moves master weights and the optimizer's state, which are most of the memory and which
+        forward passes do not need, to the CPU; what needs them brings them back.
+
+        DeepSpeed's own `offload_states` does that under ZeRO-3 for its FusedAdam alone.
         """
-        self._engine.offload_states(include=ONLY_TRAINING, pin_memory=torch.cuda.is_available())
-        self._is_asleep = True
+        zero = self._engine.optimizer
+        masters = (
+            zero.fp32_partitioned_groups_flat
+            if self._stage == 3
+            else zero.single_partition_of_fp32_groups
+        )
+        states = [value for state in zero.optimizer.state.values() for value in state.values()]
+        self._asleep = [(t, t.device) for t in (*masters, *states) if isinstance(t, torch.Tensor)]
+        for tensor, _ in self._asleep:
+            tensor.data = tensor.data.to("cpu")
 
     def _wake(self) -> None:
-        if self._is_asleep:
-            self._engine.reload_states()
-        self._is_asleep = False
+        for tensor, where in self._asleep:
+            tensor.data = tensor.data.to(where)
+        self._asleep = []
 
     def backward(self, loss_sum: torch.Tensor) -> None:
         """Adds the gradient of a sum over this rank's tokens that is already divided by the global
@@ -200,8 +203,11 @@ class ZeroEngine:
 
     def save(self, folder: Path) -> None:
         """Writes parameters and optimizer, each rank its part."""
+        was_asleep = bool(self._asleep)
         self._wake()
         self._engine.save_checkpoint(str(folder), tag="state", save_latest=False)
+        if was_asleep:
+            self.sleep()
 
     def load(self, folder: Path) -> None:
         """Goes on from what `save` wrote at the same stage and world size."""

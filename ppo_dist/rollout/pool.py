@@ -105,8 +105,14 @@ class Pool:
         return [rollout for rollouts, _ in done for rollout in rollouts]
 
     def sleep(self) -> None:
-        """Has all workers free their devices; the next chunk wakes them."""
+        """Has all workers free their devices; the next chunk wakes them.
+
+        Raises:
+            RunError: none is left.
+        """
         list(self._threads.map(self._rests, self._members))
+        if all(member.is_out for member in self._members):
+            raise RunError(f"rollout workers: none is left; the last one: {self._last_reason}")
 
     def busy_s(self) -> float:
         """See RolloutPool."""
@@ -171,14 +177,20 @@ class Pool:
         return True
 
     def _rests(self, member: _Member) -> None:
-        try:
-            member.worker.sleep()
-        except WorkerError as error:
-            self._failed(member, -1, error)
+        for _ in range(ATTEMPTS):  # a new one in its place must sleep too
+            if member.is_out:
+                return
+            try:
+                return member.worker.sleep()
+            except WorkerError as error:
+                self._failed(member, None, error)
 
-    def _failed(self, member: _Member, version: int, error: WorkerError) -> None:
+    def _failed(self, member: _Member, version: int | None, error: WorkerError) -> None:
         """It may serve no version any more that it is not given again."""
-        member.versions, member.is_out = set(), error.is_final
+        with self._changed:
+            member.versions, member.is_out = set(), error.is_final
+            if member.is_out and member in self._idle:
+                self._idle.remove(member)
         self._last_reason = str(error)
         if self._closed:
             return

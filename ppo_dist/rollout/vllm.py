@@ -105,10 +105,11 @@ class IpcEngine(IPCWeightTransferEngine):  # type: ignore[misc]
         super().start_weight_update()
 
     def receive_weights(self, update_info: IPCWeightTransferUpdateInfo) -> None:
-        """See WeightTransferEngine."""
-        handles = update_info.ipc_handles
-        self.digests.append(digest_of([device.imported(each, self.device) for each in handles]))
-        super().receive_weights(update_info)
+        """See WeightTransferEngine. A handle can be imported once: the sender counts."""
+        named = zip(update_info.names, update_info.ipc_handles, strict=True)
+        weights = [(name, device.imported(each, self.device)) for name, each in named]
+        self.digests.append(digest_of([tensor for _, tensor in weights]))
+        self.model.load_weights(weights)
 
 
 class WorkerSide:
@@ -222,13 +223,18 @@ class VllmEngine:
 
         Raises:
             WeightsError: vLLM did not load what was sent.
+            RuntimeError: not all of it came. vLLM would mix it with what comes next: the engine
+                is of no more use.
         """
         self._version = None  # until all of it is there
         sent: list[str] = []
         self._llm.collective_rpc("start_weight_update")
-        for update, digest in self._handover.updates(weights, self._bucket_bytes):
-            self._llm.collective_rpc("update_weights", args=(update,))
-            sent.append(digest)
+        try:
+            for update, digest in self._handover.updates(weights, self._bucket_bytes):
+                self._llm.collective_rpc("update_weights", args=(update,))
+                sent.append(digest)
+        except WeightsError as error:
+            raise RuntimeError(f"half of version {version} is loaded: {error}") from error
         self._llm.collective_rpc("finish_weight_update")
         for loaded in self._llm.collective_rpc("loaded"):
             if loaded != of_all(sent):
@@ -240,6 +246,7 @@ class VllmEngine:
         """See RolloutEngine. The weights wait in the CPU's memory, the KV cache is dropped."""
         if self._sleeps:
             self._llm.sleep(level=1)
+            device.free_cache(torch.device("cuda"))  # of the buckets that were handed over
 
     def wake(self) -> None:
         """See RolloutEngine."""

@@ -75,7 +75,11 @@ def _config(load: Load, kind: str, folder: str) -> Config:
             "reward": {"verifiable": "exact"},
             "rollout": {"workers": load.workers},
             "transport": {"kind": kind, "bucket_mb": load.bucket_mb},
-            "cluster": {"cpus": load.workers + 1},
+            "cluster": {
+                "cpus": load.workers + 1,
+                # store and disk carry what is on the CPU, wherever workers compute
+                "device": "auto" if kind == "collective" else "cpu",
+            },
             "tracking": {"wandb": "off"},
         }
     )

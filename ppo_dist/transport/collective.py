@@ -95,7 +95,7 @@ class CollectiveSender:
         about = {"parts": [asdict(p) for p in parts], "digest": found, "bytes": len(flat)}
         self._store.set(f"bucket/{self._call}/{number}", json.dumps(about))
         try:
-            self._group.broadcast(flat, 0).wait()
+            self._group.broadcast(flat.to(device.of_collectives(self._kind)), 0).wait()
         except RuntimeError:
             self._group = None  # nobody gets the rest; the next version has a new group
             self._store.set(f"bucket/{self._call}/{number + 1}", BROKEN)

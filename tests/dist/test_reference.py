@@ -231,12 +231,12 @@ class Probe(LearnerActor):
     """A learner worker that can be started anew and shows its parameters."""
 
     def weights(self) -> dict[str, np.ndarray]:
-        every = [(f"policy.{n}", p.clone()) for n, p in self._published()]
+        every = [(f"policy.{n}", p.clone()) for n, p in self._roles.published()]
         every += [
-            (n, p.clone()) for n, p in self._policy.parameters(1000) if n == "value_head.weight"
+            (n, p.clone()) for n, p in self._roles.policy.parameters(1000) if n == "value_head.weight"
         ]
-        if self._critic is not None:
-            every += [(f"critic.{n}", p.clone()) for n, p in self._critic.parameters(1000)]
+        if self._roles.critic is not None:
+            every += [(f"critic.{n}", p.clone()) for n, p in self._roles.critic.parameters(1000)]
         return {name: p.cpu().double().numpy() for name, p in every}
 
 

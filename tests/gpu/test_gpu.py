@@ -10,6 +10,8 @@ import torch
 from rich.console import Console
 
 from ppo_dist.config import Config
+from ppo_dist.config.workers import LearnerSection
+from ppo_dist.learner.engine import ZeroEngine, join_group
 from ppo_dist.run import train
 from ppo_dist.tracking.local import read_rows
 from tests.conftest import raw_config
@@ -51,11 +53,14 @@ def _digest_of(handles: list[dict[str, tuple[Any, ...]]], answers: Any) -> None:
     answers.put(digest_of([imported(each, here) for each in handles]))
 
 
-def test_learner_and_rollout_worker_take_turns_on_one_gpu(tmp_path: Path) -> None:
-    """The same numbers as in one process, and the learner's states leave the GPU while others
-    generate.
-    """
-    sections = {"learner": {"zero_stage": 2}, "eval": {"every": 1}}
+@pytest.mark.parametrize("stage", [2, 3])
+def test_learner_and_rollout_worker_take_turns_on_one_gpu(tmp_path: Path, stage: int) -> None:
+    """The same numbers as in one process, with a checkpoint after each evaluation."""
+    sections = {
+        "learner": {"zero_stage": stage},
+        "eval": {"every": 1},
+        "train": {"steps": 3, "checkpoint_every": 1},
+    }
     alone = raw_config(tmp_path / "alone", cluster={"kind": "local"}, **sections)
     turns = raw_config(
         tmp_path / "turns", cluster={"kind": "ray", "placement": "colocated"}, **sections
@@ -64,6 +69,23 @@ def test_learner_and_rollout_worker_take_turns_on_one_gpu(tmp_path: Path) -> Non
     for one, other in zip(*rows, strict=True):
         for key in ("reward/verifiable/mean", "policy/loss", "eval/held_out/accuracy"):
             assert other[key] == pytest.approx(one[key], rel=1e-3, abs=1e-5), key
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_learner_that_sleeps_frees_memory(tmp_path: Path, stage: int) -> None:
+    """Master weights and Adam's two moments: 12 bytes a parameter in bf16."""
+    module = torch.nn.Linear(1000, 1000, bias=False, dtype=torch.bfloat16)
+    join_group(0, 1, "127.0.0.1", 0, "cuda")
+    learner = LearnerSection(zero_stage=stage, dtype="bf16")
+    engine = ZeroEngine(module, learner, 0.0)
+    row = torch.ones(1, 1000, dtype=torch.bfloat16, device="cuda")
+    engine.backward(engine(row).float().sum())
+    engine.step(1e-3)
+    before = torch.cuda.memory_allocated()
+    engine.sleep()
+    assert before - torch.cuda.memory_allocated() > 11.9e6
+    engine.backward(engine(row).float().sum())
+    engine.step(1e-3)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -60,6 +60,11 @@ class Fragile:
         return engine.generate(chunk), 0.5
 
     def sleep(self) -> None:
+        if self.crashes:
+            self.crashes -= 1
+            raise WorkerError("crashed", self._replace)
+        if self.breaks:
+            raise WorkerError("no engine", is_final=True)
         self.naps += 1
 
     def _replace(self) -> None:
@@ -182,4 +187,13 @@ def test_workers_that_take_turns_sleep_when_nothing_is_left_to_do() -> None:
     assert [w.naps for w in workers] == [0, 0], "there is still something to generate"
     own.collect(second)
     assert [w.naps for w in workers] == [1, 1]
+    workers[0].crashes = 1
+    own.sleep()
+    assert [w.naps for w in workers] == [2, 2], "the one in its place sleeps too"
+    workers[0].breaks = True
+    own.sleep()
+    assert len(own.collect(own.submit(work(0)))) == 6, "the other does it"
+    workers[1].breaks = True
+    with pytest.raises(RunError, match="no engine"):
+        own.sleep()
     own.close()

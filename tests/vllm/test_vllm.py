@@ -38,7 +38,7 @@ pytestmark = [
         not MODEL.exists(), reason=f"first: ppo-dist fetch smollm2-135m models/{MODEL.name}"
     ),
 ]
-SECTION = {"kind": "vllm", "kv_cache_gb": 0.5, "max_model_tokens": 256}
+SECTION = {"kind": "vllm", "kv_cache_gb": 0.5, "max_model_tokens": 256, "memory_share": 0.3}
 AGREEMENT = 1e-4  # nats a token, in fp32
 MOVED = 1e-3  # how far an update must move log-probabilities for agreement to mean something
 
@@ -49,10 +49,11 @@ def lm() -> PreTrainedModel:
 
 
 @pytest.fixture(scope="module")
-def engine() -> Any:
+def engine() -> Iterator[Any]:
     kind, tokenizer = available(), AutoTokenizer.from_pretrained(MODEL)
     llm = vllm.open_llm(str(MODEL), Section.model_validate(SECTION), "fp32", 2, kind)
-    return vllm.VllmEngine(llm, tokenizer, frozenset({2}), 2**26, kind)
+    yield vllm.VllmEngine(llm, tokenizer, frozenset({2}), 2**26, kind)
+    llm.llm_engine.engine_core.shutdown()
 
 
 def work(version: int, step: int = 0) -> list[Chunk]:

@@ -1,0 +1,187 @@
+"""The roles that models play on one rank (policy, critic and reference): how they begin, sleep and
+are kept.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
+
+from ppo_dist import device, files
+from ppo_dist.config import Config
+from ppo_dist.learner.engine import ZeroEngine, barrier, frozen, model_dtype, sharded
+from ppo_dist.models.critic import load_critic
+from ppo_dist.models.lora import adapters_off, add_adapters, merged
+from ppo_dist.models.policy import PolicyModel, PolicyOutput, load_policy
+
+MEGABYTE = 2**20
+REINFORCED = "reinforced"  # in a checkpoint: the reference is fixed, and is not to be reset again
+
+
+class Roles:
+    """This rank's shards. `critic` and `reference` are there from `reinforce` on, where the config
+    has them. All ranks make the same calls in the same order.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        model_path: str,
+        where: torch.device,
+        rank: int,
+        resume: Path | None,
+    ) -> None:
+        self._config, self._learner = config, config.learner
+        self._model_path, self._device, self._rank = model_path, where, rank
+        self.is_trained = resume is not None
+        self.shares_trunk = config.algorithm.has_critic and config.critic.shared
+        self._policy_model = self._load_policy(model_path, self.shares_trunk)
+        if config.model.lora is not None:
+            add_adapters(self._policy_model.lm, config.model.lora, config.run.seed)
+        self.policy = ZeroEngine(
+            self._policy_model,
+            config.learner,
+            config.learner.max_grad_norm,
+            apart=self._policy_model.value_head,
+        )
+        self._reinforced = False
+        self.reference: Callable[..., PolicyOutput] | None = None
+        self.critic: ZeroEngine | None = None
+        self._reference_folder: Path | None = None
+        if resume is not None:
+            self._resume(resume)
+
+    def reinforce(self) -> None:
+        """Makes reference and critic, once."""
+        if not self._reinforced:
+            self._begin_reinforcement()
+
+    def save_policy(self, folder: Path) -> None:
+        """Writes the policy as a Hugging Face folder, whole or not at all."""
+        if self._rank != 0:
+            for _ in self.published():
+                pass
+        else:
+            state = {name: tensor.cpu().clone() for name, tensor in self.published()}
+            self._write_policy(folder, state)
+        barrier()
+
+    def save_checkpoint(self, folder: Path) -> None:
+        """Writes this rank's part of all that training depends on."""
+        self.policy.save(folder / "policy")
+        if self.critic is not None:
+            self.critic.save(folder / "critic")
+        if self._rank == 0 and self._reinforced:
+            (folder / REINFORCED).touch()
+        if self._rank == 0 and self._reference_folder is not None:
+            shutil.copytree(
+                self._reference_folder, folder / "reference", copy_function=files.link_or_copy
+            )
+        torch.save(torch.get_rng_state(), folder / f"random-{self._rank}.pt")
+        barrier()
+
+    def sleep(self) -> None:
+        """Frees what memory of the device only training needs, until it goes on."""
+        for engine in (self.policy, self.critic):
+            if engine is not None:
+                engine.sleep()
+        device.free_cache(self._device)
+
+    def published(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The language model's parameters as others know them. Every rank must take all."""
+        parameters = self.policy.parameters(self._config.transport.bucket_mb * MEGABYTE)
+        named = ((n.removeprefix("lm."), p) for n, p in parameters if n.startswith("lm."))
+        return merged(self._policy_model.lm, named)
+
+    def _load_policy(self, path: str, has_value_head: bool = False) -> PolicyModel:
+        dtype, trust = model_dtype(self._learner), self._config.model.trust_remote_code
+        lm = sharded(self._learner, lambda: load_policy(path, dtype, trust))
+        if self._learner.gradient_checkpointing:
+            lm.gradient_checkpointing_enable({"use_reentrant": False})
+        return PolicyModel(lm.train(), self._learner.logits_chunk, has_value_head)
+
+    def _load_critic(self, path: str) -> ZeroEngine:
+        dtype, trust = model_dtype(self._learner), self._config.model.trust_remote_code
+        critic = sharded(self._learner, lambda: load_critic(path, dtype, trust))
+        if self._learner.gradient_checkpointing:
+            critic.trunk.gradient_checkpointing_enable({"use_reentrant": False})
+        return ZeroEngine(critic.train(), self._learner, self._learner.critic_max_grad_norm)
+
+    def _load_reference(self, path: str) -> None:
+        if self._config.reference is None:
+            return
+        if self._config.model.lora is None:
+            self.reference = frozen(self._learner, self._load_policy(path), self._device)
+        else:
+            self.reference = self._without_adapters
+
+    def _without_adapters(self, *row: torch.Tensor) -> PolicyOutput:
+        with adapters_off(self._policy_model.lm):
+            out: PolicyOutput = self.policy(*row)
+        return out
+
+    def _begin_reinforcement(self) -> None:
+        """Fixes the reference and starts the critic, both from the policy as it is now.
+
+        They come through a folder on disk, so that under ZeRO-3 no rank ever holds a whole model.
+        """
+        self._reinforced, current = True, self._model_path
+        if self.is_trained and (self._resets_reference or self._critic_starts_from_policy):
+            folder = Path(self._config.run.dir) / "reference"
+            self.save_policy(folder)
+            current = str(folder)
+            self._reference_folder = folder if self._resets_reference else None
+        self._load_reference(current if self._resets_reference else self._initial_reference)
+        if self._config.algorithm.has_critic and not self.shares_trunk:
+            self.critic = self._load_critic(self._config.critic.path or current)
+
+    @property
+    def _resets_reference(self) -> bool:
+        reference = self._config.reference
+        if reference is None or reference.path is not None:
+            return False
+        return reference.reset == "after_supervised"
+
+    @property
+    def _critic_starts_from_policy(self) -> bool:
+        critic = self._config.critic
+        return self._config.algorithm.has_critic and critic.path is None and not critic.shared
+
+    @property
+    def _initial_reference(self) -> str:
+        reference = self._config.reference
+        return (reference and reference.path) or self._model_path
+
+    def _resume(self, folder: Path) -> None:
+        self.policy.load(folder / "policy")
+        self._reinforced = (folder / REINFORCED).exists()
+        if self._reinforced:
+            if (folder / "reference").exists():
+                self._reference_folder = self._own_reference(folder / "reference")
+            self._load_reference(str(self._reference_folder or self._initial_reference))
+        if (folder / "critic").exists():
+            self.critic = self._load_critic(self._config.critic.path or self._model_path)
+            self.critic.load(folder / "critic")
+        torch.set_rng_state(torch.load(folder / f"random-{self._rank}.pt", weights_only=True))
+
+    def _own_reference(self, kept: Path) -> Path:
+        """A checkpoint's reference as the run's own: checkpoints come and go."""
+        folder = Path(self._config.run.dir) / "reference"
+        if self._rank == 0:
+            aside = folder.with_name(f".{folder.name}.writing")
+            shutil.rmtree(aside, ignore_errors=True)
+            shutil.copytree(kept, aside, copy_function=files.link_or_copy)
+            files.replace(aside, folder)
+        barrier()
+        return folder
+
+    def _write_policy(self, folder: Path, state: dict[str, torch.Tensor]) -> None:
+        aside = folder.with_name(f".{folder.name}.writing")
+        shutil.rmtree(aside, ignore_errors=True)
+        self._policy_model.lm.save_pretrained(aside, state_dict=state)
+        AutoTokenizer.from_pretrained(self._model_path).save_pretrained(aside)
+        files.replace(aside, folder)
