@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import os
 import signal
 import time
@@ -180,7 +181,7 @@ def test_spoiled_weights_are_never_served(rig: Rig, monkeypatch: pytest.MonkeyPa
 
 
 def test_bandwidth_is_measured_from_end_to_end(ray_session: None) -> None:
-    console = Console(record=True, quiet=True, width=100)
+    console = Console(file=io.StringIO(), record=True, width=100)
     assert bench_weights(Load(8, workers=1, bucket_mb=1, repeats=2), ["store"], console) == 0
     (row,) = [line for line in console.export_text().splitlines() if "store" in line]
     assert float(row.split("│")[2]) > 0
