@@ -11,10 +11,12 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -66,13 +68,11 @@ def bench_rollout(job: Job, contenders: list[str], console: Console) -> int:
     speeds: dict[str, float] = {}
     table = Table("", "tokens/s", "median seconds", "tokens", "lengths", "ratio")
     for name in contenders:
-        command = [sys.executable, "-m", "ppo_dist.study.bench", name, json.dumps(asdict(job))]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(job.threads), "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        if done.returncode:
-            console.print(f"{name}: failed\n{done.stderr[-2000:]}", markup=False)
+        try:
+            found = _found(name, job)
+        except subprocess.CalledProcessError as error:
+            console.print(f"{name}: failed\n{error.stderr[-2000:]}", markup=False)
             return 1
-        found = json.loads(done.stdout.splitlines()[-1])
         seconds = statistics.median(s for s, _ in found["rounds"])
         speeds[name] = statistics.median(tokens / s for s, tokens in found["rounds"])
         against = AGAINST.get(name, "")
@@ -80,8 +80,21 @@ def bench_rollout(job: Job, contenders: list[str], console: Console) -> int:
         tokens = str(found["rounds"][-1][1])
         lengths = found["lengths"]
         table.add_row(name, f"{speeds[name]:.0f}", f"{seconds:.1f}", tokens, lengths, ratio)
+        console.print(f"{name}: {speeds[name]:.0f} tokens/s")
     console.print(table)
     return 0
+
+
+def _found(name: str, job: Job) -> dict[str, Any]:
+    """What a contender measured, in a process of its own; it may print what it likes."""
+    with tempfile.TemporaryDirectory(prefix="ppo_dist-bench-") as folder:
+        out = Path(folder) / "found.json"
+        module, work = "ppo_dist.study.bench", json.dumps(asdict(job))
+        environment = {**os.environ, "OMP_NUM_THREADS": str(job.threads), "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, "-m", module, name, work, str(out)]
+        subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+        found: dict[str, Any] = json.loads(out.read_text())
+    return found
 
 
 def _prompts(job: Job, vocabulary: int) -> list[Prompt]:
@@ -200,7 +213,7 @@ def _vocabulary(job: Job) -> int:
     return int(AutoConfig.from_pretrained(job.model).vocab_size)
 
 
-def _main(name: str, job: Job) -> None:
+def _main(name: str, job: Job, out: Path) -> None:
     start = {"transformers": _transformers, "hf": _hf, "vllm": _vllm, "vllm-alone": _vllm_alone}
     run = start[name](job)
     rounds, lengths = [], []
@@ -209,8 +222,8 @@ def _main(name: str, job: Job) -> None:
         lengths = run(number)
         rounds.append((time.perf_counter() - begin, sum(lengths)))
     spread = f"{min(lengths)} to {max(lengths)}, mean {statistics.mean(lengths):.0f}"
-    print(json.dumps({"rounds": rounds[1:], "lengths": spread}))
+    out.write_text(json.dumps({"rounds": rounds[1:], "lengths": spread}))
 
 
 if __name__ == "__main__":
-    _main(sys.argv[1], Job(**json.loads(sys.argv[2])))
+    _main(sys.argv[1], Job(**json.loads(sys.argv[2])), Path(sys.argv[3]))
