@@ -99,13 +99,13 @@ def process_group(kind: DeviceKind, store: Any, rank: int, size: int, timeout_s:
     return torch.distributed.ProcessGroupGloo(store, rank, size, timeout)
 
 
-def before_vllm(kind: DeviceKind, threads: int, kv_cache_gb: float) -> None:
+def before_vllm(kind: DeviceKind, threads: int, kv_cache_gb: int) -> None:
     """Settings of this process that vLLM reads when it is first used."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
     if kind == "cuda":  # handles of GPU memory go to its processes as pickles
         os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
     if kind == "cpu":
-        os.environ["VLLM_CPU_KVCACHE_SPACE"] = f"{kv_cache_gb:g}"
+        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(kv_cache_gb)
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         os.environ["OMP_NUM_THREADS"] = str(threads)
 

@@ -28,7 +28,7 @@ class VllmEngine(Section):
     memory_share: float = Field(
         0.9, gt=0, le=1, description="of the GPU's memory that vLLM may take for model and KV cache"
     )
-    kv_cache_gb: float = Field(2.0, gt=0, description="size of the KV cache on a CPU")
+    kv_cache_gb: int = Field(2, ge=1, description="size of the KV cache on a CPU")
     max_model_tokens: int | None = Field(
         None, ge=2, description="longest sequence, prompt and response; null: the model's own"
     )

@@ -268,7 +268,7 @@ class VllmEngine:
             parameters(
                 chunk.sampling,
                 self._stops,
-                seed(chunk.sampling, chunk.step, r.prompt.uid, r.indices[0]),
+                seed(chunk.sampling, chunk.step, r.prompt.uid, 0) + r.indices[0],
                 len(r.indices),
             )
             for r in chunk.requests

@@ -38,7 +38,7 @@ pytestmark = [
         not MODEL.exists(), reason=f"first: ppo-dist fetch smollm2-135m models/{MODEL.name}"
     ),
 ]
-SECTION = {"kind": "vllm", "kv_cache_gb": 0.5, "max_model_tokens": 256, "memory_share": 0.3}
+SECTION = {"kind": "vllm", "kv_cache_gb": 1, "max_model_tokens": 256, "memory_share": 0.3}
 AGREEMENT = 1e-4  # nats a token, in fp32
 MOVED = 1e-3  # how far an update must move log-probabilities for agreement to mean something
 
