@@ -90,7 +90,7 @@ def test_tokens_do_not_depend_on_what_is_generated_beside(engine: Any, lm: PreTr
 
 def test_an_engine_that_loads_all_weights_proves_it(engine: Any, lm: PreTrainedModel) -> None:
     before = named(lm)
-    prove_loading(engine.load, engine.scores, load_policy(str(MODEL), torch.float32), 1e-3)
+    prove_loading(engine.load, engine.scores, load_policy(str(MODEL), torch.float32))
     engine.load(1, before.items())
     for chunk in work(1):
         assert gap(engine.generate(chunk), lm) < AGREEMENT
@@ -102,7 +102,7 @@ def test_one_that_does_not_is_found_out(engine: Any, part: str) -> None:
         engine.load(version, [(name, tensor) for name, tensor in weights if part not in name])
 
     with pytest.raises(WeightsError, match="does not load"):
-        prove_loading(forgetful, engine.scores, load_policy(str(MODEL), torch.float32), 1e-3)
+        prove_loading(forgetful, engine.scores, load_policy(str(MODEL), torch.float32))
 
 
 def gap(rollouts: Sequence[Rollout], lm: PreTrainedModel) -> float:
