@@ -110,12 +110,14 @@ def before_vllm(kind: DeviceKind, threads: int, kv_cache_gb: int) -> None:
         os.environ["OMP_NUM_THREADS"] = str(threads)
 
 
-def vllm_memory(kind: DeviceKind, share: float, sleeps: bool) -> dict[str, Any]:
+def vllm_settings(kind: DeviceKind, share: float, sleeps: bool) -> dict[str, Any]:
     """How vLLM is told what memory it may take, and whether it must be able to give it back; on a
     CPU the KV cache has a fixed size, and it cannot.
     """
     if kind == "cpu":
-        return {}
+        # after a part of a prompt it takes back a draw of the sequence's own random numbers, which
+        # a CPU's generator cannot ("CPU Generator does not use offset", vLLM 0.32)
+        return {"enable_chunked_prefill": False}
     return {"gpu_memory_utilization": share, "enable_sleep_mode": sleeps}
 
 

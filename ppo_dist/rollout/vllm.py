@@ -158,7 +158,7 @@ def open_llm(
         weight_transfer_config=WeightTransferConfig(backend=HANDOVERS[kind].backend),
         disable_log_stats=True,
         distributed_executor_backend="mp" if section.tensor_parallel > 1 else None,  # on one node
-        **device.vllm_memory(kind, section.memory_share, sleeps),
+        **device.vllm_settings(kind, section.memory_share, sleeps),
     )
 
 
