@@ -1,4 +1,5 @@
-"""Curves of runs, a panel for each metric and a line for each run:
+"""Curves of runs, a panel for each metric and a line for each label: the mean of its runs, within
+the range that they span:
 
 python -m ppo_dist.study.plot OUT.png LABEL=RUN_FOLDER … [--keys reward/verifiable/mean …]
 """
@@ -9,6 +10,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean
 
 import matplotlib
 
@@ -22,22 +24,25 @@ KEYS = ("eval/held_out/sampled_accuracy", "eval/held_out/accuracy", "reward/veri
 
 
 def plot(out: Path, runs: Sequence[tuple[str, Path]], keys: Sequence[str] = KEYS) -> None:
-    """Writes one figure with a panel for each key and a line for each run.
+    """Writes one figure with a panel for each key and a line for each label, over the steps that
+    all its runs have.
 
     Raises:
         InputError: a folder has no metrics, or none of them has a key.
     """
     figure, axes = plt.subplots(1, len(keys), figsize=(4.2 * len(keys), 3.4), squeeze=False)
-    for number, (label, folder) in enumerate(runs):
-        rows = read_rows(folder / "metrics.jsonl")
-        if not rows:
-            raise InputError(f"{folder}: has no metrics")
+    for number, label in enumerate(dict.fromkeys(name for name, _ in runs)):
+        folders = [folder for name, folder in runs if name == label]
         for axis, key in zip(axes[0], keys, strict=True):
-            points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
-            if not points:
-                raise InputError(f"{folder}: no row has a number for {key}")
+            curves = [_curve(folder, key) for folder in folders]
+            steps = [step for step in curves[0] if all(step in curve for curve in curves)]
+            columns = [[curve[step] for curve in curves] for step in steps]
             # later lines are thinner, so that equal ones can both be seen
-            axis.plot(*zip(*points, strict=True), label=label, linewidth=3.5 / (number + 1))
+            width = 3.5 / (number + 1)
+            (line,) = axis.plot(steps, [mean(c) for c in columns], label=label, linewidth=width)
+            if len(folders) > 1:
+                bounds = [min(c) for c in columns], [max(c) for c in columns]
+                axis.fill_between(steps, *bounds, alpha=0.2, color=line.get_color())
     for axis, key in zip(axes[0], keys, strict=True):
         axis.set(title=key, xlabel="step")
         axis.grid(alpha=0.3)
@@ -45,6 +50,17 @@ def plot(out: Path, runs: Sequence[tuple[str, Path]], keys: Sequence[str] = KEYS
     figure.tight_layout()
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=120)
+
+
+def _curve(folder: Path, key: str) -> dict[int, float]:
+    """A metric by step."""
+    rows = read_rows(folder / "metrics.jsonl")
+    if not rows:
+        raise InputError(f"{folder}: has no metrics")
+    points = {row["step"]: row[key] for row in rows if row.get(key) is not None}
+    if not points:
+        raise InputError(f"{folder}: no row has a number for {key}")
+    return points
 
 
 def main(argv: Sequence[str]) -> int:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from matplotlib.figure import Figure
 
 from ppo_dist.config import InputError
 from ppo_dist.config.load import load_study
 from ppo_dist.study import cells as study_cells
-from ppo_dist.study import report
+from ppo_dist.study import plot, report
 from ppo_dist.study.cells import Result, cells, finished, keep
 from ppo_dist.study.report import markdown
 from tests.conftest import raw_config
@@ -157,6 +159,27 @@ def test_the_figures_show_means_by_labels_and_by_step(
     assert set(lines) == {"ours, 20 %", "vote, 20 %", "vote, 100 %"}, "ours at 2 % is left out"
     assert list(lines["vote, 100 %"].get_ydata()) == [0.0, 0.8]
     assert [lines[name].get_linestyle() for name in ("ours, 20 %", "vote, 100 %")] == ["-", "--"]
+
+
+def test_curves_of_runs_that_share_a_label_are_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number, values in enumerate(([0.0, 1.0, 2.0], [2.0, 3.0], [7.0, 7.0])):
+        (tmp_path / str(number)).mkdir()
+        rows = [json.dumps({"step": n, "x": value}) for n, value in enumerate(values)]
+        (tmp_path / str(number) / "metrics.jsonl").write_text("\n".join(rows))
+    drawn: dict[str, Any] = {}
+
+    def note(figure: Figure, *args: Any, **kwargs: Any) -> None:
+        (axis,) = figure.axes
+        drawn.update({line.get_label(): line.get_xydata().tolist() for line in axis.lines})
+        drawn["shades"] = len(axis.collections)
+
+    monkeypatch.setattr(Figure, "savefig", note)
+    runs = [f"one={tmp_path}/0", f"one={tmp_path}/1", f"two={tmp_path}/2"]
+    assert plot.main([str(tmp_path / "out.png"), *runs, "--keys", "x"]) == 0
+    assert drawn == {"one": [[0, 1], [1, 2]], "two": [[0, 7], [1, 7]], "shades": 1}
+    assert plot.main([str(tmp_path / "out.png"), *runs, "--keys", "y"]) == 2
 
 
 def test_a_cell_that_fails_gives_the_end_of_its_log(tmp_path: Path) -> None:
