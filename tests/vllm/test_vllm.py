@@ -5,6 +5,7 @@ and a run with it agrees with its learners at every version, whatever the layout
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -217,3 +218,4 @@ def test_learners_and_vllm_agree_at_every_version(
         print(f"version {version}: {found:.2e} nats, {len(group)} responses")
         assert found <= AGREEMENT
     assert gap(by_version[2], load_policy(str(MODEL), torch.float32)) > MOVED
+    shutil.rmtree(tmp_path)  # gigabytes of checkpoints
