@@ -92,12 +92,11 @@ def evaluate(config: Config, policy: str | None, console: Console) -> None:
     path = policy or str(Path(config.run.dir) / "policy")
     build.check_model(path)
     config = build.located(config)
-    path = str(Path(path).resolve()) if Path(path).is_dir() else path
+    path = build.absolute(path)
     encoded = encode(config, build.check(config), path)
     sets = {"held_out": encoded.held_out, "test": encoded.test}
-    reward = build.reward_source(config)
     row: Row = {}
-    with build.cluster(config), build.rollout_pool(config, path) as pool:
+    with build.cluster(config), build.rollout_pool(config, path) as (pool, reward):
         for name, examples in sets.items():
             if examples:
                 row |= Evaluator(config, name, examples, pool, reward, None)(version=0)[0]

@@ -110,8 +110,7 @@ class Journey:
         interrupted: Callable[[], bool],
     ) -> tuple[Outcome, Loop]:
         config, encoded = self.config, self.encoded
-        with build.workers(config, self.model_path, checkpoint) as (learners, pool):
-            reward = build.reward_source(config)
+        with build.workers(config, self.model_path, checkpoint) as (learners, pool, reward):
             evaluators = [
                 Evaluator(config, name, examples, pool, reward, learners) if examples else None
                 for name, examples in (("held_out", encoded.held_out), ("test", encoded.test))

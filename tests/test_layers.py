@@ -20,7 +20,7 @@ ALLOWED = {
     "algo": {"algo", "types", "config"},
     "semi": {"semi", "types", "config"},
     "data": {"data", *BASE},
-    "rewards": {"rewards", *LEAF},
+    "rewards": {"rewards", "data.batching", *LEAF},
     "models": {"models", *BASE},
     "transport": {"transport", *BASE},
     "tracking": {"tracking", *BASE},
@@ -36,7 +36,7 @@ ALLOWED = {
 }  # fmt: skip
 HEAVY = {
     "torch": {"types", "protocols", "device", "algo", "semi", "models", "transport", "rollout",
-              "learner", "coordinator", "fetch", "study.bench"},
+              "learner", "coordinator", "rewards.model", "fetch", "study.bench"},
     "deepspeed": {"learner.engine"},
     "ray": {"cluster", "transport.store"},
     "wandb": {"tracking.wandb"},

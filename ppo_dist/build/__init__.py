@@ -4,12 +4,13 @@
 rest.
 """
 
-from ppo_dist.build.data import Rows, check, check_model, located, model_folder
+from ppo_dist.build.data import Rows, absolute, check, check_model, located, model_folder
 from ppo_dist.build.parts import advantage_estimator, gate, reward_source
 from ppo_dist.build.workers import cluster, connected, learners, rollout_pool, workers
 
 __all__ = [
     "Rows",
+    "absolute",
     "advantage_estimator",
     "check",
     "check_model",

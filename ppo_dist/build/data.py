@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from ppo_dist.build import engines
 from ppo_dist.build.parts import reward_source
-from ppo_dist.config import ORIGINS, Config, InputError, Origin, sees_answer
+from ppo_dist.config import ORIGINS, Config, InputError, Origin, reward_models, sees_answer
 from ppo_dist.config.reward import AnyReward
 from ppo_dist.data.partition import parted, refuse_overlap, without_answer
 from ppo_dist.data.sources import Row, read
@@ -38,6 +39,8 @@ def check(config: Config) -> Rows:
     for section in (config.model, config.reference, config.critic):
         if section is not None and section.path is not None:
             check_model(section.path)
+    for model in reward_models(config):
+        check_reward_model(model.path)
     reward_source(config)  # says what is wrong with a pattern
     engines.check(config)
     rewards = dict(config.reward)
@@ -88,6 +91,25 @@ def check_model(path: str) -> None:
         )
 
 
+def check_reward_model(path: str) -> None:
+    """Whether a path is, or could be, a sequence-classification model with one output.
+
+    Raises:
+        InputError: it is not.
+    """
+    check_model(path)
+    file = Path(path) / "config.json"
+    if not file.exists():
+        return
+    found = json.loads(file.read_text())
+    kinds, outputs = found.get("architectures") or [], found.get("id2label") or {"0": "", "1": ""}
+    if not any(kind.endswith("ForSequenceClassification") for kind in kinds) or len(outputs) != 1:
+        raise InputError(
+            f"{path}: reward kind model needs a sequence-classification model with one output; "
+            f"this is {', '.join(kinds) or 'no known model'} with {len(outputs)} output(s)"
+        )
+
+
 def _on_hub(name: str) -> bool:
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
@@ -109,10 +131,14 @@ def located(config: Config) -> Config:
     moved = {"run": config.run.model_copy(update={"dir": str(Path(config.run.dir).resolve())})}
     for name in ("model", "reference", "critic"):
         section = dict(config)[name]
-        if section is not None and section.path is not None and Path(section.path).is_dir():
-            path = str(Path(section.path).resolve())
-            moved[name] = section.model_copy(update={"path": path})
+        if section is not None and section.path is not None:
+            moved[name] = section.model_copy(update={"path": absolute(section.path)})
     return config.model_copy(update=moved)
+
+
+def absolute(path: str) -> str:
+    """A model folder wherever one stands; the name of one on the hub as it is."""
+    return str(Path(path).resolve()) if Path(path).is_dir() else path
 
 
 def model_folder(config: Config, rows: Rows) -> str:

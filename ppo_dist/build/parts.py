@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 from ppo_dist.config import ORIGINS, Config
@@ -12,6 +13,7 @@ from ppo_dist.config.reward import (
     FunctionReward,
     GymReward,
     MathReward,
+    ModelReward,
     NumericReward,
     RegexReward,
     VoteReward,
@@ -20,22 +22,23 @@ from ppo_dist.config.reward import (
 from ppo_dist.config.semi import AllGate, AnyGate, ConfidenceGate, TrajectoryGate
 from ppo_dist.protocols import AdvantageEstimator, Gate, RewardSource
 
+Models = Callable[[ModelReward], RewardSource]
 
-def reward_source(config: Config) -> RewardSource:
-    """The reward of every origin that has one."""
+
+def reward_source(config: Config, models: Models | None = None) -> RewardSource:
+    """The reward of every origin that has one. Without `models`, where there are none to ask,
+    reward models are left out.
+    """
     from ppo_dist.rewards.rules import ByOrigin
 
-    sections = dict(config.reward)
-    return ByOrigin(
-        {
-            o: _reward(sections[o], config.reward.on_error)
-            for o in ORIGINS
-            if sections[o] is not None
-        }
-    )
+    sections, on_error = dict(config.reward), config.reward.on_error
+    made = {o: _reward(sections[o], on_error, models) for o in ORIGINS if sections[o] is not None}
+    return ByOrigin({o: source for o, source in made.items() if source is not None})
 
 
-def _reward(section: AnyReward, on_error: Literal["error", "zero"]) -> RewardSource:
+def _reward(
+    section: AnyReward, on_error: Literal["error", "zero"], models: Models | None
+) -> RewardSource | None:
     from ppo_dist.rewards.gym import gym
     from ppo_dist.rewards.rules import (
         Judged,
@@ -63,10 +66,11 @@ def _reward(section: AnyReward, on_error: Literal["error", "zero"]) -> RewardSou
             return MajorityVote(section, on_error)
         case GymReward():
             judge = gym(section)
+        case ModelReward():
+            return models and models(section)
         case WeightedReward():
-            return WeightedSum(
-                [(part.weight, _reward(part.reward, on_error)) for part in section.parts]
-            )
+            parts = [(p.weight, _reward(p.reward, on_error, models)) for p in section.parts]
+            return WeightedSum([(weight, part) for weight, part in parts if part is not None])
     return Judged(judge, section.kind, on_error)
 
 

@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ppo_dist.build import transports
+from ppo_dist.build.data import absolute
 from ppo_dist.build.engines import engine
-from ppo_dist.config import Config
-from ppo_dist.protocols import LearnerGroup, RolloutPool
+from ppo_dist.build.parts import reward_source
+from ppo_dist.config import Config, reward_models
+from ppo_dist.config.reward import ModelReward
+from ppo_dist.protocols import LearnerGroup, RewardSource, RolloutPool
 from ppo_dist.tracking.local import record_event
 
 ANY_PORT = 0  # a rank that is alone meets nobody
@@ -18,6 +21,7 @@ ANY_PORT = 0  # a rank that is alone meets nobody
 if TYPE_CHECKING:
     from ppo_dist.cluster.groups import RayRanks
     from ppo_dist.cluster.pool import RemoteWorker
+    from ppo_dist.cluster.session import Places
     from ppo_dist.device import DeviceKind
     from ppo_dist.learner.group import Ranks
 
@@ -43,30 +47,35 @@ def cluster(config: Config) -> Iterator[None]:
 @contextlib.contextmanager
 def workers(
     config: Config, model_path: str, resume: Path | None
-) -> Iterator[tuple[LearnerGroup, RolloutPool]]:
-    """Learners and rollout workers, connected, started inside `cluster`. That weights get from one
-    to the other is tried before any of them loads its model.
+) -> Iterator[tuple[LearnerGroup, RolloutPool, RewardSource]]:
+    """Learners, rollout workers and what judges, connected, started inside `cluster`. That weights
+    get from learners to rollout workers is tried before any of them loads its model.
 
     Raises:
         InputError: the cluster has no room for them, or they cannot reach each other.
     """
     if config.cluster.kind == "local":
-        with learners(config, model_path, resume) as group, rollout_pool(config, model_path) as own:
-            yield group, own
+        with (
+            learners(config, model_path, resume) as group,
+            rollout_pool(config, model_path) as (own, reward),
+        ):
+            yield group, own, reward
         return
     takes_turns = config.cluster.placement == "colocated"
     with (
-        connected(config, model_path) as (ranks, remote),
+        connected(config, model_path) as (ranks, remote, reward),
         _started(config, remote, takes_turns) as pool,
     ):
         ranks.start(config, model_path, resume)
-        yield _group(config, ranks), pool
+        yield _group(config, ranks), pool, reward
 
 
 @contextlib.contextmanager
-def connected(config: Config, model_path: str) -> Iterator[tuple[RayRanks, list[RemoteWorker]]]:
-    """Learners and rollout workers as Ray actors that have loaded nothing yet, started inside
-    `cluster`.
+def connected(
+    config: Config, model_path: str
+) -> Iterator[tuple[RayRanks, list[RemoteWorker], RewardSource]]:
+    """Learners and rollout workers as Ray actors that have loaded nothing yet, and what judges,
+    started inside `cluster`.
 
     Raises:
         InputError: the cluster has no room for them, or weights do not get from one to the other.
@@ -76,7 +85,7 @@ def connected(config: Config, model_path: str) -> Iterator[tuple[RayRanks, list[
     from ppo_dist.cluster.pool import Crew, RemoteWorker
     from ppo_dist.cluster.session import nodes, reserved
 
-    with reserved(config, layout(config, nodes())) as (of_learners, of_rollouts):
+    with reserved(config, layout(config, nodes())) as (of_learners, of_rollouts, of_judges):
         ranks = RayRanks(of_learners, transports.sender(config, of_learners.device))
         receiver = transports.receiver(config, of_rollouts.device, *ranks.sends_from)
         make_engine = engine(config, model_path, of_rollouts.device)
@@ -84,7 +93,7 @@ def connected(config: Config, model_path: str) -> Iterator[tuple[RayRanks, list[
         crew = Crew(of_rollouts, make_engine, receiver, config.transport.deadline_s, lent)
         remote = [RemoteWorker(crew, slot) for slot in of_rollouts.slots]
         transports.preflight(config, ranks, remote)
-        yield ranks, remote
+        yield ranks, remote, _remote_rewards(config, model_path, of_judges)
 
 
 @contextlib.contextmanager
@@ -107,16 +116,16 @@ def learners(config: Config, model_path: str, resume: Path | None) -> Iterator[L
     from ppo_dist.cluster.layout import layout
     from ppo_dist.cluster.session import nodes, reserved
 
-    with reserved(config, layout(config, nodes(), has_rollouts=False)) as (places, _):
+    with reserved(config, layout(config, nodes(), has_rollouts=False)) as (places, *_):
         ranks = RayRanks(places, transports.sender(config, places.device))
         ranks.start(config, model_path, resume)
         yield _group(config, ranks)
 
 
 @contextlib.contextmanager
-def rollout_pool(config: Config, model_path: str) -> Iterator[RolloutPool]:
+def rollout_pool(config: Config, model_path: str) -> Iterator[tuple[RolloutPool, RewardSource]]:
     """The rollout workers alone, started inside `cluster` with the model as it is on disk
-    (version 0).
+    (version 0), and what judges.
 
     Raises:
         InputError: the cluster has no room for them.
@@ -134,19 +143,46 @@ def rollout_pool(config: Config, model_path: str) -> Iterator[RolloutPool]:
         with contextlib.closing(
             Pool([worker], keep, prepare=lambda: prepare(kind, threads))
         ) as own:
-            yield own
+            yield own, _local_rewards(config, model_path, kind)
         return
     from ppo_dist.cluster.layout import layout
     from ppo_dist.cluster.pool import Crew, RemoteWorker
     from ppo_dist.cluster.session import nodes, reserved
     from ppo_dist.transport.store import StoreReceiver
 
-    with reserved(config, layout(config, nodes(), has_learners=False)) as (_, places):
+    wanted = layout(config, nodes(), has_learners=False)
+    with reserved(config, wanted) as (_, places, of_judges):
         make_engine = engine(config, model_path, places.device)
         crew = Crew(places, make_engine, StoreReceiver, config.transport.deadline_s)
         remote = [RemoteWorker(crew, slot) for slot in places.slots]
         with _started(config, remote) as pool:
-            yield pool
+            yield pool, _remote_rewards(config, model_path, of_judges)
+
+
+def _remote_rewards(config: Config, model_path: str, places: Sequence[Places]) -> RewardSource:
+    if not places:
+        return reward_source(config)
+    from ppo_dist.cluster.judges import Judges
+    from ppo_dist.rewards.model import ModelScores
+
+    sections = reward_models(config)
+    made = []
+    for section, own in zip(sections, places, strict=True):
+        there = section.model_copy(update={"path": absolute(section.path)})
+        made.append(ModelScores(section, Judges(there, model_path, own)))
+    return reward_source(config, lambda section: made[sections.index(section)])
+
+
+def _local_rewards(config: Config, model_path: str, kind: DeviceKind) -> RewardSource:
+    if not reward_models(config):
+        return reward_source(config)
+    from ppo_dist.rewards.model import ModelScores, RewardModel
+
+    def made(section: ModelReward) -> RewardSource:
+        model = RewardModel(section, model_path, kind)
+        return ModelScores(section, lambda shares: [model.judge(share) for share in shares])
+
+    return reward_source(config, made)
 
 
 def _group(config: Config, ranks: Ranks) -> LearnerGroup:

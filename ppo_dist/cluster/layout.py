@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from ppo_dist.config import Config, InputError
+from ppo_dist.config import Config, InputError, reward_models
 from ppo_dist.device import DeviceKind
 
 Bundle = dict[str, float]
@@ -36,24 +36,26 @@ class Slot:
 
 @dataclass(frozen=True)
 class Layout:
-    """Bundles to reserve, each on one node, and a slot in them for every learner, by rank, and for
-    every rollout worker. A colocated rollout worker takes no GPU: it borrows those of the learners
-    in its bundle.
+    """Bundles to reserve, each on one node, and a slot in them for every learner, by rank, for
+    every rollout worker, and for every worker of each reward model (`config.reward_models`). A
+    colocated rollout worker takes no GPU: it borrows those of the learners in its bundle.
 
     Example: Layout(bundles=({"CPU": 2.0, "GPU": 1.0},), learners=(Slot(0, 1.0, 1),),
-    rollouts=(Slot(0, 1.0, 0),), device="cuda")
+    rollouts=(Slot(0, 1.0, 0),), judges=(), device="cuda")
     """
 
     bundles: tuple[Bundle, ...]
     learners: tuple[Slot, ...]
     rollouts: tuple[Slot, ...]
+    judges: tuple[tuple[Slot, ...], ...]
     device: DeviceKind
 
 
 def layout(
     config: Config, nodes: Sequence[Node], has_learners: bool = True, has_rollouts: bool = True
 ) -> Layout:
-    """The layout of a run, or of its learners or rollout workers alone.
+    """The layout of a run, or of its learners or rollout workers alone; reward models go with the
+    latter.
 
     Workers compute on GPUs if the cluster has any, unless `cluster.device` says otherwise. Split,
     every worker has a bundle of its own, and a rollout worker as many GPUs as its engine's tensor
@@ -66,6 +68,8 @@ def layout(
     device = device_kind(config, nodes)
     is_colocated = config.cluster.placement == "colocated" and has_learners and has_rollouts
     made = (_colocated if is_colocated else _split)(config, device, has_learners, has_rollouts)
+    if has_rollouts:
+        made = _with_judges(config, made)
     total = {"CPU": sum(n.cpus for n in nodes), "GPU": sum(n.gpus for n in nodes)}
     lacking = difference(made.bundles, total) or _too_large(made.bundles, nodes)
     if lacking:
@@ -100,7 +104,7 @@ def _split(config: Config, device: DeviceKind, has_learners: bool, has_rollouts:
     each += [(rollout.cpus, rollout.engine.gpus * on_gpu)] * (rollout.workers * has_rollouts)
     slots = tuple(Slot(number, cpus, gpus) for number, (cpus, gpus) in enumerate(each))
     bundles = tuple(_bundle(cpus, gpus) for cpus, gpus in each)
-    return Layout(bundles, slots[:ranks], slots[ranks:], device)
+    return Layout(bundles, slots[:ranks], slots[ranks:], (), device)
 
 
 def _colocated(config: Config, device: DeviceKind, *_: bool) -> Layout:
@@ -109,7 +113,16 @@ def _colocated(config: Config, device: DeviceKind, *_: bool) -> Layout:
     bundle = _bundle(share * learner.cpus + rollout.cpus, share * on_gpu)
     learners = tuple(Slot(r // share, learner.cpus, on_gpu) for r in range(learner.workers))
     rollouts = tuple(Slot(number, rollout.cpus, 0) for number in range(rollout.workers))
-    return Layout((bundle,) * rollout.workers, learners, rollouts, device)
+    return Layout((bundle,) * rollout.workers, learners, rollouts, (), device)
+
+
+def _with_judges(config: Config, made: Layout) -> Layout:
+    gpus, bundles, judges = int(made.device == "cuda"), list(made.bundles), []
+    for model in reward_models(config):
+        begin = len(bundles)
+        bundles += [_bundle(model.cpus, gpus)] * model.workers
+        judges.append(tuple(Slot(n, model.cpus, gpus) for n in range(begin, len(bundles))))
+    return replace(made, bundles=tuple(bundles), judges=tuple(judges))
 
 
 def _bundle(cpus: float, gpus: int) -> Bundle:

@@ -77,9 +77,9 @@ def nodes() -> list[Node]:
 
 
 @contextlib.contextmanager
-def reserved(config: Config, wanted: Layout) -> Iterator[tuple[Places, Places]]:
-    """Places for learners and for rollout workers, given back at the end. Neighbouring ranks of
-    learners stand on the same node where that is possible.
+def reserved(config: Config, wanted: Layout) -> Iterator[tuple[Places, Places, list[Places]]]:
+    """Places for learners, for rollout workers and for each reward model, given back at the end.
+    Neighbouring ranks of learners stand on the same node where that is possible.
 
     Raises:
         InputError: the cluster does not free them within `cluster.wait_s`.
@@ -100,6 +100,7 @@ def reserved(config: Config, wanted: Layout) -> Iterator[tuple[Places, Places]]:
         yield (
             Places(group, tuple(learners), wanted.device),
             Places(group, wanted.rollouts, wanted.device),
+            [Places(group, slots, wanted.device) for slots in wanted.judges],
         )
     finally:
         remove_placement_group(group)

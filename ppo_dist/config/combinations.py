@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Any
 from ppo_dist.config.algorithm import Complement
 from ppo_dist.config.base import ORIGINS, Adaptive, Section, SupervisedFirst, peak
 from ppo_dist.config.data import Critic, Reference
-from ppo_dist.config.reward import FunctionReward, RegexReward, VoteReward, WeightedReward
+from ppo_dist.config.reward import (
+    FunctionReward,
+    ModelReward,
+    RegexReward,
+    VoteReward,
+    WeightedReward,
+)
 from ppo_dist.config.semi import AllGate
 
 if TYPE_CHECKING:
@@ -30,7 +36,20 @@ def sees_answer(reward: Section) -> bool:
         return any(sees_answer(part.reward) for part in reward.parts)
     if isinstance(reward, FunctionReward):
         return reward.needs_answer
-    return not isinstance(reward, (RegexReward, VoteReward))
+    return not isinstance(reward, (RegexReward, VoteReward, ModelReward))
+
+
+def reward_models(config: Config) -> list[ModelReward]:
+    """Every reward model that a run asks, once."""
+    found: list[ModelReward] = []
+    waiting = [_of(config.reward, origin) for origin in ORIGINS]
+    while waiting:
+        section = waiting.pop(0)
+        if isinstance(section, WeightedReward):
+            waiting += [part.reward for part in section.parts]
+        elif isinstance(section, ModelReward) and section not in found:
+            found.append(section)
+    return found
 
 
 def votes(reward: Section | None) -> bool:
@@ -58,6 +77,8 @@ def _workers(c: Config) -> Iterator[str]:
         yield "learner.offload needs learner.zero_stage 1, 2 or 3"
     if c.cluster.kind == "local" and (c.learner.workers > 1 or c.rollout.workers > 1):
         yield "cluster.kind local runs one learner and one rollout worker: set both `workers` to 1"
+    if c.cluster.kind == "local" and any(model.workers > 1 for model in reward_models(c)):
+        yield "cluster.kind local runs one worker of a reward model: set its `workers` to 1"
     if c.cluster.placement == "colocated":
         yield from _colocated(c)
 
@@ -107,7 +128,7 @@ def _unlabelled(c: Config) -> Iterator[str]:
     reward, semi = c.reward.unlabelled, c.semi
     if reward is not None and sees_answer(reward):
         yield (
-            "reward.unlabelled must not see an answer: only vote, regex, a function without"
+            "reward.unlabelled must not see an answer: only vote, regex, model, a function without"
             " needs_answer, or sums of these, are allowed"
         )
     gated = not isinstance(semi.gate, AllGate)
@@ -123,6 +144,8 @@ def _unlabelled(c: Config) -> Iterator[str]:
         yield "semi.pseudo has nothing to take from: mix.shares of all its origins are 0"
     if semi.probe and (c.reward.labelled is None or not uses(c, "unlabelled")):
         yield "semi.probe needs reward.labelled, and mix.shares.unlabelled above 0"
+    elif semi.probe and c.reward.labelled is not None and not sees_answer(c.reward.labelled):
+        yield "semi.probe compares with answers: reward.labelled must be one that sees them"
     if votes(c.reward.labelled):
         yield "reward.labelled sees answers and judges the held-out set: it must not be vote"
     mu = c.mix.schedule

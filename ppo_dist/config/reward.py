@@ -101,6 +101,20 @@ class FunctionReward(Section):
     needs_answer: bool = True
 
 
+class ModelReward(Section):
+    """The number that a sequence-classification model with one output gives to prompt and response.
+    Sees no answer. A model with another tokenizer than the policy's reads both as text.
+    """
+
+    kind: Literal["model"]
+    path: str = Field(description="Hugging Face folder, or a name on the hub")
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    batch_tokens: int = Field(8192, ge=1, description="tokens read in one forward pass")
+    workers: int = Field(1, ge=1, description="processes that have the model")
+    threads: int = Field(1, ge=1, description="CPU threads of a worker")
+    cpus: float = Field(1, ge=0, description="CPUs that a worker reserves in the cluster")
+
+
 class WeightedReward(Section):
     """Sum of `weight · reward` over `parts`."""
 
@@ -117,6 +131,7 @@ AnyReward = Annotated[
         | VoteReward
         | GymReward
         | FunctionReward
+        | ModelReward
         | WeightedReward,
         Field(discriminator="kind"),
     ],

@@ -53,7 +53,7 @@ def bench_weights(load: Load, kinds: Sequence[str], console: Console) -> int:
 def _measured(config: Config, load: Load) -> list[float]:
     """Seconds of each round but the first."""
     nbytes, found = load.megabytes * MEGABYTE, []
-    with build.cluster(config), build.connected(config, "none") as (ranks, remote):
+    with build.cluster(config), build.connected(config, "none") as (ranks, remote, _):
         threads = ThreadPoolExecutor(load.workers)
         for version in range(1, load.repeats + 2):
             begin = time.perf_counter()

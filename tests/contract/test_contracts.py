@@ -203,7 +203,7 @@ def test_pools(tmp_path: Path, tiny_model: Path) -> None:
     model, sender = load_policy(str(tiny_model), torch.float32), MemorySender()
     older = sender.publish(5, model.named_parameters())
     newer = sender.publish(6, ((n, -p) for n, p in model.named_parameters()))
-    with build.rollout_pool(config, str(tiny_model)) as pool:
+    with build.rollout_pool(config, str(tiny_model)) as (pool, _):
         suites.check_rollout_pool(pool, older, newer, CHUNKS)
 
 
@@ -232,7 +232,7 @@ def test_ray_pool_and_learners(
     example = supervised(LabelledExample(PROMPTS[0], "x", np.array([5, 1])))
     with (
         build.cluster(config),
-        build.workers(config, folder, None) as (learners, pool),
+        build.workers(config, folder, None) as (learners, pool, _),
     ):
         suites.check_rollout_pool(pool, learners.publish(5), learners.publish(6), CHUNKS)
         suites.check_learner_group(learners, rollouts(), [[example], []], tmp_path / "saved")

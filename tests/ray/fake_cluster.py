@@ -43,7 +43,7 @@ def small(places: Places) -> list[Any]:
 
 
 def actors(config: Config) -> dict[str, Any]:
-    with build.connected(config, "none") as (ranks, remote):
+    with build.connected(config, "none") as (ranks, remote, _):
         found = {
             "learners": [a.__ray_call__.remote(where) for a in ranks._actors],
             "rollouts": [w._actor.__ray_call__.remote(where) for w in remote],
@@ -60,7 +60,7 @@ def main(count: int, gpus: int, path: Path, has_actors: bool) -> dict[str, Any]:
         ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
         if has_actors:
             return actors(config)
-        with reserved(config, layout(config, nodes())) as (learners, rollouts):
+        with reserved(config, layout(config, nodes())) as (learners, rollouts, _):
             return {"learners": small(learners), "rollouts": small(rollouts)}
     except InputError as error:
         return {"error": str(error)}

@@ -129,7 +129,7 @@ def rig(
 
 @contextlib.contextmanager
 def _places(config: Config) -> Iterator[Places]:
-    with reserved(config, layout(config, nodes(), has_learners=False)) as (_, places):
+    with reserved(config, layout(config, nodes(), has_learners=False)) as (_, places, _):
         yield places
 
 

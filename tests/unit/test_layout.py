@@ -28,6 +28,7 @@ def test_without_gpus_workers_get_cpus(tmp_path: Path) -> None:
         bundles=({"CPU": 2}, {"CPU": 2}, {"CPU": 3}),
         learners=(Slot(0, 2, 0), Slot(1, 2, 0)),
         rollouts=(Slot(2, 3, 0),),
+        judges=(),
         device="cpu",
     )
 

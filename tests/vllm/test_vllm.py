@@ -22,7 +22,13 @@ from ppo_dist.config.workers import VllmEngine as Section
 from ppo_dist.data.chunks import chunks
 from ppo_dist.device import available
 from ppo_dist.models.policy import load_policy
-from ppo_dist.protocols import LearnerGroup, NamedTensors, RolloutPool, WeightsError
+from ppo_dist.protocols import (
+    LearnerGroup,
+    NamedTensors,
+    RewardSource,
+    RolloutPool,
+    WeightsError,
+)
 from ppo_dist.rollout.proof import prove_loading
 from ppo_dist.run import train
 from ppo_dist.types import Chunk, Prompt, Rollout, Sampling, Weights
@@ -127,10 +133,10 @@ class Recorder:
         self.drawn: list[Rollout] = []
 
     @contextlib.contextmanager
-    def workers(self, *args: Any) -> Iterator[tuple[LearnerGroup, RolloutPool]]:
-        with REAL_WORKERS(*args) as (learners, pool):
+    def workers(self, *args: Any) -> Iterator[tuple[LearnerGroup, RolloutPool, RewardSource]]:
+        with REAL_WORKERS(*args) as (learners, pool, reward):
             self._listen(learners, pool)
-            yield learners, pool
+            yield learners, pool, reward
 
     def _listen(self, learners: Any, pool: Any) -> None:
         publish, submit, collect = learners.publish, pool.submit, pool.collect
