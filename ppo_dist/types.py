@@ -239,7 +239,8 @@ class TrainSequence:
 
 @dataclass(frozen=True, eq=False)
 class PackedRow:
-    """Sequences in one row without padding; responses to one prompt share its tokens.
+    """Sequences in one row without padding; what their prompts have in common at the beginning is
+    there once.
 
     `table_BL` lists, for each sequence, the row indices of its tokens (0 in the padding at its
     right): this is what attention works on. `home_S` says in which slot of the flat table the

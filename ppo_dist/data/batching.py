@@ -99,52 +99,51 @@ def pack(sequences: Sequence[TrainSequence]) -> MicroBatch:
 
 
 def pack_rows(rows: Sequence[tuple[Ints, int]], end: bool) -> PackedRow:
-    """The packed row of (tokens_T, prompt length) pairs.
+    """The packed row of (tokens_T, prompt length) pairs. What prompts have in common at their
+    beginning, as a system prompt or worked examples, is there once for all of them.
 
     With `end` each response has one state more, that after its last token, with a target that means
     nothing.
     """
     tokens: list[Ints] = []
     positions: list[Ints] = []
-    indices: list[Ints] = []  # row indices of each sequence's tokens
-    owned: list[int] = []  # how many tokens at a sequence's beginning belong to an earlier one
-    states: list[Ints] = []
-    targets: list[Ints] = []
-    prompts: dict[bytes, Ints] = {}
+    indices: list[Ints] = [tokens_T for tokens_T, _ in rows]  # row indices of a sequence's tokens
+    owned = [0] * len(rows)  # how many tokens at a sequence's beginning belong to an earlier one
+    before = at_before = np.zeros(0, np.int64)
     used = 0
-    for tokens_T, prompt in rows:
-        key = tokens_T[:prompt].tobytes()
-        shared = prompts.get(key)
-        if shared is None:
-            prompts[key] = at_prompt = np.arange(used, used + prompt)
-            tokens.append(tokens_T[:prompt])
-            positions.append(np.arange(prompt))
-            used += prompt
-        else:
-            at_prompt = shared
-        seen = len(tokens_T) - (0 if end else 1)
-        at_response = np.arange(used, used + seen - prompt)
-        used += seen - prompt
-        tokens.append(tokens_T[prompt:seen])
-        positions.append(np.arange(prompt, seen))
-        indices.append(np.concatenate([at_prompt, at_response]))
-        owned.append(0 if shared is None else prompt)
-        states.append(indices[-1][prompt - 1 :])
-        targets.append(np.append(tokens_T[prompt:], 0) if end else tokens_T[prompt:])
+    prompts = [tokens_T[:prompt] for tokens_T, prompt in rows]
+    # big-endian bytes sort as the tokens do: so an earlier prompt with most in common comes last
+    for b in sorted(range(len(rows)), key=lambda b: prompts[b].astype(">i8").tobytes()):
+        common = _common(before, prompts[b])
+        own = rows[b][0][common : len(rows[b][0]) - (not end)]
+        tokens.append(own)
+        positions.append(np.arange(common, common + len(own)))
+        indices[b] = np.concatenate([at_before[:common], np.arange(used, used + len(own))])
+        owned[b] = common
+        before, at_before = prompts[b], indices[b]
+        used += len(own)
     width = max(map(len, indices))
     table_BL = np.zeros((len(rows), width), np.int64)
     home_S = np.zeros(used, np.int64)
     for b, (at, first) in enumerate(zip(indices, owned, strict=True)):
         table_BL[b, : len(at)] = at
         home_S[at[first:]] = b * width + np.arange(first, len(at))
+    targets = [np.append(t[p:], 0) if end else t[p:] for t, p in rows]
     return PackedRow(
         tokens_S=np.concatenate(tokens),
         positions_S=np.concatenate(positions),
         table_BL=table_BL,
         home_S=home_S,
-        states_K=np.concatenate(states),
+        states_K=np.concatenate([at[p - 1 :] for at, (_, p) in zip(indices, rows, strict=True)]),
         targets_K=np.concatenate(targets),
     )
+
+
+def _common(a: Ints, b: Ints) -> int:
+    """How many tokens two prompts have in common at the beginning."""
+    least = min(len(a), len(b))
+    differ = np.flatnonzero(a[:least] != b[:least])
+    return int(differ[0]) if len(differ) else least
 
 
 def _joined(parts: Sequence[Floats]) -> Floats:

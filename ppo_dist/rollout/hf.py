@@ -16,6 +16,7 @@ from ppo_dist.rollout.sampling import draw, uniforms
 from ppo_dist.rollout.slots import Slots
 from ppo_dist.types import Bools, Chunk, Ints, Request, Rollout, Sampling
 
+WORTH = 8  # tokens that all prompts must begin with for these to be read in a pass of their own
 REFILL = 8  # new prompts are read when an eighth of the slots is free
 
 
@@ -191,23 +192,42 @@ class HfEngine:
         return logits_BV
 
     def _prefill(self, prompts: Sequence[Ints]) -> tuple[DynamicCache, torch.Tensor]:
-        """Cache and next-token logits of each prompt. They are padded right, where no token of
-        theirs looks.
+        """Cache and next-token logits of each prompt. What all begin with is read once; the rest is
+        padded right, where no token of theirs looks.
         """
-        lengths = torch.tensor([len(tokens_P) for tokens_P in prompts], device=self._device)
-        tokens_QP = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long)
-        for q, tokens_P in enumerate(prompts):
-            tokens_QP[q, : len(tokens_P)] = torch.from_numpy(tokens_P)
-        cache = DynamicCache()
-        tokens_QP = tokens_QP.to(self._device)
-        hidden_QPD = self._lm.base_model(
-            input_ids=tokens_QP,
-            attention_mask=torch.ones_like(tokens_QP),
+        cache, common = DynamicCache(), _common_beginning(prompts)
+        if common >= WORTH and len(prompts) > 1:
+            self._read(cache, prompts[0][None, :common])
+            cache.batch_repeat_interleave(len(prompts))
+        else:
+            common = 0
+        rest = [tokens_P[common:] for tokens_P in prompts]
+        tokens_QP = np.zeros((len(rest), max(map(len, rest))), np.int64)
+        for q, tokens_P in enumerate(rest):
+            tokens_QP[q, : len(tokens_P)] = tokens_P
+        hidden_QPD = self._read(cache, tokens_QP)
+        lasts = torch.tensor([len(tokens_P) - 1 for tokens_P in rest], device=self._device)
+        last_QD = hidden_QPD[torch.arange(len(rest), device=self._device), lasts]
+        return cache, self._lm.get_output_embeddings()(last_QD)
+
+    def _read(self, cache: DynamicCache, tokens_QP: Ints) -> torch.Tensor:
+        """The hidden states of tokens that follow those in the cache, and are in it then."""
+        width = cache.get_seq_length() + tokens_QP.shape[1]
+        out = self._lm.base_model(
+            input_ids=torch.from_numpy(tokens_QP).to(self._device),
+            attention_mask=torch.ones(len(tokens_QP), width, dtype=torch.long, device=self._device),
             past_key_values=cache,
             use_cache=True,
-        ).last_hidden_state
-        last_QD = hidden_QPD[torch.arange(len(prompts), device=self._device), lengths - 1]
-        return cache, self._lm.get_output_embeddings()(last_QD)
+        )
+        hidden_QPD: torch.Tensor = out.last_hidden_state
+        return hidden_QPD
+
+
+def _common_beginning(prompts: Sequence[Ints]) -> int:
+    """How many tokens all prompts begin with; every one has at least one token more."""
+    least = min(map(len, prompts)) - 1
+    differ = np.any([p[:least] != prompts[0][:least] for p in prompts], axis=0)
+    return int(np.argmax(differ)) if differ.any() else least
 
 
 @dataclass(frozen=True, eq=False)

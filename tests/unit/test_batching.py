@@ -244,6 +244,27 @@ def test_chunks_do_not_depend_on_the_order(
     assert all(1 <= sum(len(indices) for _, indices in chunk) <= size for chunk in made)
 
 
-def test_only_equal_prompts_are_shared() -> None:
-    packed = pack_rows([(tokens(5, 6, 7, 1), 2), (tokens(5, 9, 7, 1), 2)], end=False)
-    assert packed.tokens_S.tolist() == [5, 6, 7, 5, 9, 7]
+def test_what_prompts_begin_with_is_shared() -> None:
+    packed = pack_rows([(tokens(5, 9, 7, 1), 2), (tokens(5, 6, 7, 1), 2)], end=False)
+    assert packed.tokens_S.tolist() == [5, 6, 7, 9, 7]
+    assert packed.positions_S.tolist() == [0, 1, 2, 1, 2]
+    assert packed.table_BL.tolist() == [[0, 3, 4], [0, 1, 2]]
+    assert packed.states_K.tolist() == [3, 4, 1, 2]
+
+
+def test_responses_are_not_shared() -> None:
+    """Equal ones get gradients of their own, and one may begin like another's prompt."""
+    packed = pack_rows([(tokens(5, 6, 7, 1), 2), (tokens(5, 6, 7, 1), 2)], end=False)
+    assert packed.tokens_S.tolist() == [5, 6, 7, 7]
+    packed = pack_rows([(tokens(5, 6, 7, 1), 1), (tokens(5, 6, 7, 1), 3)], end=False)
+    assert packed.tokens_S.tolist() == [5, 6, 7, 6, 7]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=5), min_size=1, max_size=8))
+def test_every_beginning_is_there_once(prompts: list[list[int]]) -> None:
+    packed = pack_rows([(tokens(*p, 9), len(p)) for p in prompts], end=False)
+    beginnings = {tuple(p[: n + 1]) for p in prompts for n in range(len(p))}
+    assert len(packed.tokens_S) == len(beginnings)
+    for b, p in enumerate(prompts):
+        assert packed.tokens_S[packed.table_BL[b, : len(p)]].tolist() == p

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -38,9 +40,11 @@ def generate(
     group: int = 2,
     size: int = 6,
     slots: int | None = None,
+    begin: Sequence[int] = (),
 ) -> list[Rollout]:
     sampling = Sampling(temperature, max_new_tokens=12, seed=0, stream="train")
-    made = chunks(prompts(), group, size, step=4, version=0, sampling=sampling)
+    asked = [replace(p, tokens_P=np.append(np.int64(begin), p.tokens_P)) for p in prompts()]
+    made = chunks(asked, group, size, step=4, version=0, sampling=sampling)
     worker = engine(tiny_model, slots)
     return [rollout for chunk in made for rollout in worker.generate(chunk)]
 
@@ -65,9 +69,10 @@ def test_greedy_equals_transformers_generate(tiny_model: Path) -> None:
         assert rollout.tokens_R.tolist() == greedy(model, rollout.prompt, 12)
 
 
-def test_logprobs_are_those_of_a_plain_forward_pass(tiny_model: Path) -> None:
+@pytest.mark.parametrize("begin", [[], [5, 9, 3, 4] * 3], ids=["", "one beginning"])
+def test_logprobs_are_those_of_a_plain_forward_pass(tiny_model: Path, begin: list[int]) -> None:
     model = plain(tiny_model)
-    for rollout in generate(tiny_model, temperature=0.7):
+    for rollout in generate(tiny_model, temperature=0.7, begin=begin):
         prompt = torch.from_numpy(rollout.prompt.tokens_P)
         response = torch.from_numpy(rollout.tokens_R)
         with torch.no_grad():
@@ -123,6 +128,18 @@ def test_a_prompt_is_read_once_for_all_its_responses(tiny_model: Path) -> None:
     (chunk,) = chunks(prompts(3), 5, 64, 4, 0, Sampling(1.0, 1, 0, "train"))
     assert len(worker.generate(chunk)) == 15
     assert [shape[0] for shape in read] == [3]
+
+
+def test_what_all_prompts_begin_with_is_read_once(tiny_model: Path) -> None:
+    worker, read = engine(tiny_model), []
+    worker._lm.base_model.register_forward_pre_hook(
+        lambda lm, args, kwargs: read.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    begin = [5, 6, 7, 8] * 2
+    worker._prefill([np.array(begin + rest) for rest in ([5, 6], [9], [5])])
+    worker._prefill([np.array([*begin, 5])] * 2)  # each has a last token of its own
+    worker._prefill([np.array(begin)] * 2)  # too few to be worth it
+    assert read == [(1, 8), (3, 2), (1, 8), (2, 1), (2, 8)]
 
 
 def test_long_responses_outgrow_the_first_columns(tiny_model: Path) -> None:

@@ -19,9 +19,12 @@ Rows = list[tuple[np.ndarray, int]]
 
 @pytest.fixture
 def rows() -> Rows:
-    """Six sequences of three prompts; the second prompt is one token, two responses too."""
+    """Six sequences of three prompts; the second prompt is one token, two responses too. The third
+    begins with four tokens of the first.
+    """
     rng = np.random.default_rng(0)
     prompts = [rng.integers(3, 18, n) for n in (5, 1, 9)]
+    prompts[2][:4] = prompts[0][:4]
     shape = ((0, 3), (1, 1), (0, 1), (2, 4), (0, 6), (1, 5))
     return [
         (np.concatenate([prompts[i], rng.integers(3, 18, m)]), len(prompts[i])) for i, m in shape
@@ -70,8 +73,8 @@ def test_values_equal_separate_runs(tiny_model: Path, rows: Rows) -> None:
 
 def test_a_prompt_is_computed_once_for_its_responses(rows: Rows) -> None:
     row = pack_rows(rows, end=False)
-    # prompts once, and each response without its last token
-    assert len(row.tokens_S) == 5 + 1 + 9 + sum(len(t) - p - 1 for t, p in rows)
+    # prompts once, what they begin with too, and each response without its last token
+    assert len(row.tokens_S) == 5 + 1 + 9 - 4 + sum(len(t) - p - 1 for t, p in rows)
 
 
 def test_unknown_kinds_of_attention_are_refused() -> None:
