@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -119,6 +122,18 @@ def vllm_settings(kind: DeviceKind, share: float, sleeps: bool) -> dict[str, Any
         # a CPU's generator cannot ("CPU Generator does not use offset", vLLM 0.32)
         return {"enable_chunked_prefill": False}
     return {"gpu_memory_utilization": share, "enable_sleep_mode": sleeps}
+
+
+@contextlib.contextmanager
+def traced(file: Path) -> Iterator[None]:
+    """Writes a torch trace of what is done inside."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profile:
+        yield
+    file.parent.mkdir(parents=True, exist_ok=True)
+    profile.export_chrome_trace(str(file))
 
 
 def attention_dtype(tensor: torch.Tensor) -> torch.dtype:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ppo_dist.config import Config, InputError
@@ -32,9 +33,16 @@ def engine(config: Config, model_path: str, kind: DeviceKind) -> Callable[[], Ro
     """Makes the engine, in the process that generates, with the model as it is on disk."""
     match config.rollout.engine:
         case HfEngine():
-            return functools.partial(_hf, config, model_path, kind)
+            made = functools.partial(_hf, config, model_path, kind)
         case VllmEngine() as section:
-            return functools.partial(_vllm, config, model_path, kind, section)
+            made = functools.partial(_vllm, config, model_path, kind, section)
+    return functools.partial(_traced, config, made) if config.train.profile_steps else made
+
+
+def _traced(config: Config, make: Callable[[], RolloutEngine]) -> RolloutEngine:
+    from ppo_dist.rollout.traced import Traced
+
+    return Traced(make(), Path(config.run.dir) / "profile", config.train.profile_steps)
 
 
 def _hf(config: Config, model_path: str, kind: DeviceKind) -> RolloutEngine:

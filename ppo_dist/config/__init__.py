@@ -53,6 +53,12 @@ class Train(Section):
     keep_checkpoints: int = Field(
         2, ge=1, description="how many of the newest checkpoints stay on disk"
     )
+    profile_steps: int = Field(
+        0,
+        ge=0,
+        description="steps, after the first, of which every worker writes torch traces into the "
+        "run folder's profile/ (for Perfetto or chrome://tracing)",
+    )
     max_skipped_updates: int = Field(
         3, ge=1, description="so many updates in a row with a gradient that is not finite stop it"
     )

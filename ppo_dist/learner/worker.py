@@ -4,6 +4,7 @@ Ray actor.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +69,7 @@ class LearnerWorker:
         torch.manual_seed(config.run.seed + seat.rank)
         self._config, self._seat, self._sender = config, seat, sender
         self._roles = Roles(config, model_path, self._device, seat.rank, resume)
+        self._steps = 0  # since the start
 
     def annotate(
         self, shard: list[list[tuple[Ints, int]]], imitation: bool
@@ -77,7 +79,7 @@ class LearnerWorker:
         """
         if not imitation:
             self._roles.reinforce()
-        with torch.no_grad():
+        with torch.no_grad(), self._traced("imitate" if imitation else "annotate"):
             return [self._annotate(rows, imitation) for rows in shard]
 
     def update(self, shards: list[UpdateShard], coefficients: Coefficients) -> list[UpdateReport]:
@@ -85,7 +87,10 @@ class LearnerWorker:
         stays as it is.
         """
         self._roles.is_trained = True
-        return [self._update(shard, coefficients) for shard in shards]
+        with self._traced("update"):
+            reports = [self._update(shard, coefficients) for shard in shards]
+        self._steps += 1
+        return reports
 
     def publish(self, version: int) -> Weights | None:
         """Sends the policy out from rank 0; the others only lend their shards. Where learners and
@@ -108,6 +113,12 @@ class LearnerWorker:
     def save_checkpoint(self, folder: Path) -> None:
         """See Roles."""
         self._roles.save_checkpoint(folder)
+
+    def _traced(self, stage: str) -> contextlib.AbstractContextManager[None]:
+        if not 1 <= self._steps <= self._config.train.profile_steps:
+            return contextlib.nullcontext()
+        name = f"learner-{self._seat.rank}-{stage}-{self._steps}.json"
+        return device.traced(Path(self._config.run.dir) / "profile" / name)
 
     def _annotate(self, rows: list[tuple[Ints, int]], imitation: bool) -> list[Annotation]:
         row = pack_rows(rows or [(np.zeros(2, np.int64), 1)], end=True)

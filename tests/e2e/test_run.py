@@ -28,9 +28,8 @@ SUPERVISED = {"kind": "supervised_first", "steps": 2, "then": 0.5}
 def config(folder: Path, steps: int, **sections: Any) -> Config:
     sections = {"mix": {"schedule": SUPERVISED}, "eval": {"every": 1}, **sections}
     learner = {"optimizer": "adamw", "lr": 1e-3, "critic_lr": 1e-3, **sections.pop("learner", {})}
-    return Config.model_validate(
-        raw_config(folder, train={"steps": steps}, learner=learner, **sections)
-    )
+    steps_and = {"steps": steps, **sections.pop("train", {})}
+    return Config.model_validate(raw_config(folder, train=steps_and, learner=learner, **sections))
 
 
 def run(made: Config, resume: bool | Path = False) -> int:
@@ -73,6 +72,19 @@ def test_resumed_runs_keep_their_reference_when_its_checkpoint_is_gone(tmp_path:
     assert run(made(3)) == 0
     for steps in (6, 8):
         assert run(made(steps), resume=True) == 0
+
+
+def test_profile(tmp_path: Path) -> None:
+    """Traces of the step after a worker's first, and of no other."""
+    folder = tmp_path / "run"
+    made = config(folder, 4, train={"profile_steps": 1}, mix={"schedule": 0.5})
+    assert run(made) == 0
+    found = {file.name: json.loads(file.read_text()) for file in (folder / "profile").iterdir()}
+    learner = {"learner-0-annotate-1.json", "learner-0-update-1.json"}
+    rollout = {f"rollout-step-1-chunk-{n}.json" for n in range(3)}
+    assert found.keys() - {"learner-0-imitate-1.json"} == learner | rollout
+    operations = {event.get("name") for event in found["learner-0-update-1.json"]["traceEvents"]}
+    assert "aten::mm" in operations
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
