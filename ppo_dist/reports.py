@@ -86,9 +86,11 @@ class UpdateReport:
 
 @dataclass(frozen=True)
 class StepReport:
-    """The updates of one step, sums already added over ranks.
+    """The updates of one step, as one rank saw them or with sums added over ranks, and the seconds
+    that a rank (on average) was at work since its last report.
 
-    Example: StepReport(updates=(UpdateReport(…), UpdateReport(…)))
+    Example: StepReport(updates=(UpdateReport(…), UpdateReport(…)), busy_s=11.5)
     """
 
     updates: tuple[UpdateReport, ...]
+    busy_s: float

@@ -122,7 +122,7 @@ class FakeLearners:
         reports = [self._report(self.updates + n, each) for n, each in enumerate(updates)]
         self.updates += len(updates)
         self.seen += [list(sequences) for sequences in updates]
-        return StepReport(tuple(reports))
+        return StepReport(tuple(reports), 0.0)
 
     def _report(self, number: int, sequences: Sequence[TrainSequence]) -> UpdateReport:
         counts = TokenCounts(

@@ -181,7 +181,9 @@ class Correction(Section):
         "auto", description="auto: importance if stream.max_lag is above 0"
     )
     cap: float | None = Field(
-        2.0, ge=1, description="largest weight (truncated importance sampling); null: not cut"
+        1.0,
+        ge=1,
+        description="largest weight (truncated importance sampling; 1 as in IMPALA); null: not cut",
     )
 
 

@@ -27,7 +27,8 @@ class Section(BaseModel):
 
 
 def bare_kind(value: Any) -> Any:
-    """A bare string as a part of that kind with its defaults."""
+    """A bare string as a part of that kind with its defaults; YAML reads a bare `off` as false."""
+    value = "off" if value is False else value
     return {"kind": value} if isinstance(value, str) else value
 
 

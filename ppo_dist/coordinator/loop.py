@@ -33,7 +33,7 @@ from ppo_dist.protocols import (
 from ppo_dist.reports import Coefficients
 from ppo_dist.semi.guard import Guard
 from ppo_dist.semi.schedule import value_at
-from ppo_dist.tracking.metrics import Row, Stopwatch, keys, step_row, timings
+from ppo_dist.tracking.metrics import Busy, Row, Stopwatch, keys, step_row, timings
 from ppo_dist.types import MixPlan, Rollout, Sampling, Scored, TrainSequence
 
 PUBLISH_ATTEMPTS = 3
@@ -137,14 +137,14 @@ class Loop:
         watch, pool = Stopwatch(), self._parts.pool
         pool.busy_s()  # what an evaluation took is not the step's
         with watch("step"):
-            row = self._step(watch)
+            row, learner_s = self._step(watch)
             self.state = replace(
                 self.state,
                 step=self.state.step + 1,
                 version=self.state.version + 1,
                 reinforced=self.state.reinforced + bool(row["rollout/tokens"]),
             )
-        busy_s = pool.busy_s() / self._config.rollout.workers
+        busy = Busy(pool.busy_s() / self._config.rollout.workers, learner_s)
         if self._is_due(self._config.eval.every):
             row |= self._evaluate(watch)
         self._memory.schedule.observe(self.state.step - 1, row)
@@ -154,14 +154,15 @@ class Loop:
         if self.watch.rolls_back:
             if is_best:
                 self.save()  # this is where it goes back to
-            self.pending = row | timings(watch.seconds, row, busy_s)
+            self.pending = row | timings(watch.seconds, row, busy)
             return
         if is_best or self._is_due(self._config.train.checkpoint_every):
             with watch("save"):
                 self.save()
-        self._log(self.state.step, row | timings(watch.seconds, row, busy_s))
+        self._log(self.state.step, row | timings(watch.seconds, row, busy))
 
-    def _step(self, watch: Stopwatch) -> Row:
+    def _step(self, watch: Stopwatch) -> tuple[Row, float]:
+        """The step's metrics, and the seconds that learners were at work in it."""
         config, memory, parts, step = self._config, self._memory, self._parts, self.state.step
         plan = memory.guard.adjusted(memory.schedule.plan(step), step)
         coefficients = self._coefficients(plan)
@@ -186,7 +187,7 @@ class Loop:
         row["rollout/dropped"] = float(memory.ahead.dropped)
         skipped = self.watch.updates(step + 1, work, coefficients, report, self.state.skipped)
         self.state = replace(self.state, skipped=skipped)
-        return row | memory.experience.metrics | memory.unlabelled.metrics
+        return row | memory.experience.metrics | memory.unlabelled.metrics, report.busy_s
 
     def _supervised(self, plan: MixPlan) -> list[TrainSequence]:
         """Labelled examples and pseudo-labels of one update."""

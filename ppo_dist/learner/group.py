@@ -85,7 +85,8 @@ class Learners:
         reports = self._ranks.call(
             LearnerWorker.update, [(shards, coefficients) for shards in by_rank]
         )
-        return StepReport(tuple(_merged(of_ranks) for of_ranks in zip(*reports, strict=True)))
+        merged = tuple(map(_merged, zip(*(report.updates for report in reports), strict=True)))
+        return StepReport(merged, sum(report.busy_s for report in reports) / len(reports))
 
     def publish(self, version: int) -> Weights:
         """See LearnerGroup."""

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from ppo_dist.learner.losses import Tensors, policy_loss, value_loss
 from ppo_dist.learner.roles import Roles
 from ppo_dist.models.policy import PolicyOutput
 from ppo_dist.protocols import NamedTensors, WeightSender
-from ppo_dist.reports import Coefficients, TermSums, TokenCounts, UpdateReport
+from ppo_dist.reports import Coefficients, StepReport, TermSums, TokenCounts, UpdateReport
 from ppo_dist.types import Annotation, Ints, MicroBatch, Weights
 
 MEGABYTE = 2**20
@@ -69,7 +71,7 @@ class LearnerWorker:
         torch.manual_seed(config.run.seed + seat.rank)
         self._config, self._seat, self._sender = config, seat, sender
         self._roles = Roles(config, model_path, self._device, seat.rank, resume)
-        self._steps = 0  # since the start
+        self._steps, self._busy_s = 0, 0.0  # since the start, since the last report
 
     def annotate(
         self, shard: list[list[tuple[Ints, int]]], imitation: bool
@@ -79,29 +81,31 @@ class LearnerWorker:
         """
         if not imitation:
             self._roles.reinforce()
-        with torch.no_grad(), self._traced("imitate" if imitation else "annotate"):
+        with torch.no_grad(), self._at_work("imitate" if imitation else "annotate"):
             return [self._annotate(rows, imitation) for rows in shard]
 
-    def update(self, shards: list[UpdateShard], coefficients: Coefficients) -> list[UpdateReport]:
+    def update(self, shards: list[UpdateShard], coefficients: Coefficients) -> StepReport:
         """One optimizer step of each model for each shard, in order. A model without live tokens
         stays as it is.
         """
         self._roles.is_trained = True
-        with self._traced("update"):
-            reports = [self._update(shard, coefficients) for shard in shards]
+        with self._at_work("update"):
+            reports = tuple(self._update(shard, coefficients) for shard in shards)
         self._steps += 1
-        return reports
+        busy_s, self._busy_s = self._busy_s, 0.0
+        return StepReport(reports, busy_s)
 
     def publish(self, version: int) -> Weights | None:
         """Sends the policy out from rank 0; the others only lend their shards. Where learners and
         rollout workers take turns, it is the others' then.
         """
         sent = None
-        if self._seat.rank == 0:
-            sent = self._sender.publish(version, self._roles.published())
-        else:
-            for _ in self._roles.published():
-                pass
+        with self._at_work("publish"):
+            if self._seat.rank == 0:
+                sent = self._sender.publish(version, self._roles.published())
+            else:
+                for _ in self._roles.published():
+                    pass
         if self._config.cluster.placement == "colocated":
             self._roles.sleep()
         return sent
@@ -114,11 +118,16 @@ class LearnerWorker:
         """See Roles."""
         self._roles.save_checkpoint(folder)
 
-    def _traced(self, stage: str) -> contextlib.AbstractContextManager[None]:
-        if not 1 <= self._steps <= self._config.train.profile_steps:
-            return contextlib.nullcontext()
+    @contextlib.contextmanager
+    def _at_work(self, stage: str) -> Iterator[None]:
+        """Counts the seconds, and traces them in the steps that the config asks for."""
+        begin, is_traced = time.perf_counter(), 1 <= self._steps <= self._config.train.profile_steps
         name = f"learner-{self._seat.rank}-{stage}-{self._steps}.json"
-        return device.traced(Path(self._config.run.dir) / "profile" / name)
+        file = Path(self._config.run.dir) / "profile" / name
+        with device.traced(file) if is_traced else contextlib.nullcontext():
+            yield
+        if stage != "imitate":  # that is evaluation, not the step
+            self._busy_s += time.perf_counter() - begin
 
     def _annotate(self, rows: list[tuple[Ints, int]], imitation: bool) -> list[Annotation]:
         row = pack_rows(rows or [(np.zeros(2, np.int64), 1)], end=True)

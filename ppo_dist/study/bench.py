@@ -65,24 +65,30 @@ def bench_rollout(job: Job, contenders: list[str], console: Console) -> int:
     unknown = set(contenders) - set(CONTENDERS)
     if unknown:
         raise InputError(f"{min(unknown)} is not one of {', '.join(CONTENDERS)}")
-    speeds: dict[str, float] = {}
-    table = Table("", "tokens/s", "median seconds", "tokens", "lengths", "ratio")
+    found: dict[str, dict[str, Any]] = {}
     for name in contenders:
         try:
-            found = _found(name, job)
+            found[name] = _found(name, job)
         except subprocess.CalledProcessError as error:
             console.print(f"{name}: failed\n{error.stderr[-2000:]}", markup=False)
             return 1
-        seconds = statistics.median(s for s, _ in found["rounds"])
-        speeds[name] = statistics.median(tokens / s for s, tokens in found["rounds"])
+        console.print(f"{name}: {_speed(found[name]):.0f} tokens/s")
+    table = Table("", "tokens/s", "median seconds", "tokens", "lengths", "ratio")
+    for name, told in found.items():
+        seconds = statistics.median(s for s, _ in told["rounds"])
         against = AGAINST.get(name, "")
-        ratio = f"{speeds[name] / speeds[against]:.2f} x {against}" if against in speeds else ""
-        tokens = str(found["rounds"][-1][1])
-        lengths = found["lengths"]
-        table.add_row(name, f"{speeds[name]:.0f}", f"{seconds:.1f}", tokens, lengths, ratio)
-        console.print(f"{name}: {speeds[name]:.0f} tokens/s")
+        ratio = ""
+        if against in found:
+            ratio = f"{_speed(told) / _speed(found[against]):.2f} x {against}"
+        tokens = str(told["rounds"][-1][1])
+        row = (name, f"{_speed(told):.0f}", f"{seconds:.1f}", tokens, told["lengths"], ratio)
+        table.add_row(*row)
     console.print(table)
     return 0
+
+
+def _speed(found: dict[str, Any]) -> float:
+    return statistics.median(tokens / s for s, tokens in found["rounds"])
 
 
 def _found(name: str, job: Job) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import reduce
 
 import numpy as np
@@ -138,15 +139,26 @@ def step_row(
     }
 
 
-def timings(seconds: Mapping[str, float], row: Row, busy_s: float) -> Row:
+@dataclass(frozen=True)
+class Busy:
+    """Seconds that rollout workers and learners, on average, were at work on a step, by their own
+    clocks.
+
+    Example: Busy(rollout=9.1, learner=11.5)
+    """
+
+    rollout: float
+    learner: float
+
+
+def timings(seconds: Mapping[str, float], row: Row, busy: Busy) -> Row:
     """Seconds by stage; response and supervised tokens learned from per second of the step; and how
-    long rollout workers (which on average were at work for `busy_s`) and learners had nothing to do
-    in it. A response counts in the step that learns from it, whenever it was written.
+    long rollout workers and learners had nothing to do in it. A response counts in the step that
+    learns from it, whenever it was written.
     """
     tokens = (row.get("rollout/tokens") or 0) + (row.get("sup/tokens") or 0)
     step = seconds["step"]
-    learning = seconds["annotate"] + seconds["update"] + seconds["publish"]
-    idle = {"idle_rollout": max(step - busy_s, 0.0), "idle_learner": max(step - learning, 0.0)}
+    idle = {f"idle_{name}": max(step - value, 0.0) for name, value in vars(busy).items()}
     return {
         **{f"timing_s/{stage}": value for stage, value in {**seconds, **idle}.items()},
         **{f"perf/{name}_share": _share(value, step) for name, value in idle.items()},

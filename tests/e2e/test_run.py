@@ -80,9 +80,9 @@ def test_profile(tmp_path: Path) -> None:
     made = config(folder, 4, train={"profile_steps": 1}, mix={"schedule": 0.5})
     assert run(made) == 0
     found = {file.name: json.loads(file.read_text()) for file in (folder / "profile").iterdir()}
-    learner = {"learner-0-annotate-1.json", "learner-0-update-1.json"}
-    rollout = {f"rollout-step-1-chunk-{n}.json" for n in range(3)}
-    assert found.keys() - {"learner-0-imitate-1.json"} == learner | rollout
+    stages = ("publish", "annotate", "update", "imitate")
+    learner = {f"learner-0-{stage}-1.json" for stage in stages}
+    assert found.keys() == learner | {f"rollout-step-1-chunk-{n}.json" for n in range(3)}
     operations = {event.get("name") for event in found["learner-0-update-1.json"]["traceEvents"]}
     assert "aten::mm" in operations
 

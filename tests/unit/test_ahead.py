@@ -8,6 +8,7 @@ import math
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +162,7 @@ class SleepyLearners(FakeLearners):
         self, updates: Sequence[Sequence[TrainSequence]], coefficients: Coefficients
     ) -> StepReport:
         time.sleep(self._seconds)
-        return super().update(updates, coefficients)
+        return replace(super().update(updates, coefficients), busy_s=self._seconds)
 
 
 def test_a_lag_of_one_nearly_halves_a_step_whose_two_halves_are_equal(tmp_path: Path) -> None:
@@ -181,7 +182,7 @@ def test_a_lag_of_one_nearly_halves_a_step_whose_two_halves_are_equal(tmp_path: 
         rig.loop.run()
         pool.close()
         rows[lag] = rig.tracker.rows[2:]  # the first step has nobody before it
-    step = {lag: statistics.median(row["timing_s/step"] for row in rows[lag]) for lag in rows}
+    step = {lag: min(row["timing_s/step"] for row in rows[lag]) for lag in rows}
     assert step[1] <= 0.55 * step[0], step
     idle = {
         lag: statistics.median(row["perf/idle_learner_share"] for row in rows[lag]) for lag in rows

@@ -266,10 +266,11 @@ def test_bare_shorthands(read) -> None:
     assert config.learner.optimizer.momentum == 0.0
 
 
-def test_wandb_off_needs_no_quotes(tmp_path: Path) -> None:
+def test_off_needs_no_quotes(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump(MINIMAL) + "tracking: {wandb: off}\n")
-    assert load(path).tracking.wandb == "off"
+    more = "tracking: {wandb: off}\nalgorithm: {correction: off}\n"
+    path.write_text(yaml.safe_dump(MINIMAL) + more)
+    assert load(path).tracking.wandb == load(path).algorithm.correction.kind == "off"
 
 
 UNLABELLED = {"data": {"unlabelled": "u.jsonl"}, "mix": {"shares": {"unlabelled": 1}}}

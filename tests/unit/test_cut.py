@@ -20,7 +20,7 @@ from ppo_dist.learner.losses import Tensors, policy_loss, value_loss
 from ppo_dist.learner.worker import LearnerWorker, UpdateShard
 from ppo_dist.models.critic import CriticModel, load_critic
 from ppo_dist.models.policy import PolicyModel, load_policy
-from ppo_dist.reports import Coefficients, TermSums, UpdateReport
+from ppo_dist.reports import Coefficients, StepReport, TermSums, UpdateReport
 from ppo_dist.types import TrainSequence
 
 COEFFICIENTS = Coefficients(
@@ -44,7 +44,7 @@ class PlainRanks:
 
     def call(self, method: Callable[..., Any], args: Sequence[tuple[Any, ...]]) -> list[Any]:
         assert method is LearnerWorker.update
-        return [[self._update(shard) for shard in shards] for shards, _ in args]
+        return [StepReport(tuple(map(self._update, shards)), 0.0) for shards, _ in args]
 
     def _update(self, shard: UpdateShard) -> UpdateReport:
         sums = TermSums()

@@ -14,7 +14,15 @@ from rich.console import Console
 from ppo_dist.config import ORIGINS, Config
 from ppo_dist.reports import Coefficients, StepReport, TermSums, TokenCounts, UpdateReport
 from ppo_dist.tracking.console import Several, Terminal, describe
-from ppo_dist.tracking.metrics import STAGES, Stopwatch, evaluation_row, keys, step_row, timings
+from ppo_dist.tracking.metrics import (
+    STAGES,
+    Busy,
+    Stopwatch,
+    evaluation_row,
+    keys,
+    step_row,
+    timings,
+)
 from ppo_dist.types import Annotation, MixPlan, Prompt, Rollout, Score, Scored, TrainSequence
 
 PLAN = MixPlan({"labelled": 1, "verifiable": 2, "unlabelled": 0}, 4, mu=0.3, policy_coef=0.7)
@@ -86,7 +94,8 @@ REPORT = StepReport(
     (
         UpdateReport(TokenCounts(policy=4, value=4, ce=10), SUMS, 1.0, 3.0),
         UpdateReport(TokenCounts(policy=2, value=2, ce=6), SUMS, 2.0, None),
-    )
+    ),
+    busy_s=1.5,
 )
 
 
@@ -135,7 +144,7 @@ def test_the_row_of_a_step() -> None:
 
 def supervised_row() -> dict[str, float | None]:
     sums = TermSums(ce_loss=5.0, ce_correct=4.0)
-    report = StepReport((UpdateReport(TokenCounts(0, 0, 10), sums, 1.0, None),))
+    report = StepReport((UpdateReport(TokenCounts(0, 0, 10), sums, 1.0, None),), 0.0)
     return step_row(PLAN, COEFFICIENTS, 4, [], [], [], report)
 
 
@@ -161,7 +170,7 @@ def test_without_rollouts_there_is_none_and_not_nought() -> None:
 
 
 def test_without_labelled_examples_there_is_no_supervised_loss() -> None:
-    report = StepReport((UpdateReport(TokenCounts(6, 6, 0), SUMS, 1.0, 1.0),))
+    report = StepReport((UpdateReport(TokenCounts(6, 6, 0), SUMS, 1.0, 1.0),), 0.0)
     row = step_row(PLAN, COEFFICIENTS, 4, ROLLOUTS, ANNOTATED, [], report)
     assert (row["sup/loss"], row["sup/accuracy"], row["sup/tokens"]) == (None, None, 0.0)
     assert row["semi/labelled_share"] == 0.0
@@ -197,18 +206,22 @@ def test_evaluation() -> None:
     assert evaluation_row("test", greedy, [], None)["eval/test/sampled_accuracy"] is None
 
 
+NOTHING = Busy(0.0, 0.0)
+
+
 def test_timings() -> None:
     seconds = {**dict.fromkeys(STAGES, 0.5), "step": 2.0}
-    row = timings(seconds, {"rollout/tokens": 30.0, "sup/tokens": 10.0}, 0.75)
+    row = timings(seconds, {"rollout/tokens": 30.0, "sup/tokens": 10.0}, Busy(0.75, 1.5))
     assert row["perf/tokens_per_s"] == 20.0
     assert row["timing_s/update"] == 0.5
-    # learners annotate, update and publish; workers were at it for 0.75 s
     assert (row["timing_s/idle_learner"], row["perf/idle_learner_share"]) == (0.5, 0.25)
     assert (row["timing_s/idle_rollout"], row["perf/idle_rollout_share"]) == (1.25, 0.625)
-    assert timings(seconds, {}, 3.0)["timing_s/idle_rollout"] == 0.0, "begun before the step"
-    assert timings(seconds, {"sup/tokens": 10.0}, 0.0)["perf/tokens_per_s"] == 5.0
-    assert timings(seconds, {"rollout/tokens": 0.0}, 0.0)["perf/tokens_per_s"] is None
-    nothing = timings(Stopwatch().seconds, {"sup/tokens": 1.0}, 0.0)
+    assert timings(seconds, {}, Busy(3.0, 0.0))["timing_s/idle_rollout"] == 0.0, (
+        "begun before the step"
+    )
+    assert timings(seconds, {"sup/tokens": 10.0}, NOTHING)["perf/tokens_per_s"] == 5.0
+    assert timings(seconds, {"rollout/tokens": 0.0}, NOTHING)["perf/tokens_per_s"] is None
+    nothing = timings(Stopwatch().seconds, {"sup/tokens": 1.0}, NOTHING)
     assert nothing["perf/tokens_per_s"] is None and nothing["perf/idle_learner_share"] is None
 
 
@@ -245,7 +258,7 @@ def config(*origins: str, held_out: bool = False, semi: Any = None, **algorithm:
 
 def test_keys_name_everything_that_a_run_tells() -> None:
     told = step_row(PLAN, COEFFICIENTS, 4, ROLLOUTS, ANNOTATED, [], REPORT)
-    told |= timings(Stopwatch().seconds, told, 0.0) | evaluation_row("held_out", [], [], None)
+    told |= timings(Stopwatch().seconds, told, NOTHING) | evaluation_row("held_out", [], [], None)
     told["objective/kl_coef"] = 0.1  # the loop knows it, and what the guard says
     told |= {"guard/gap": None, "guard/action": 0.0, "rollout/dropped": 0.0}
     named = keys(config("labelled", "verifiable", "unlabelled", held_out=True))
@@ -277,7 +290,7 @@ def test_a_skipped_update_is_counted_and_adds_nothing() -> None:
     skipped = UpdateReport(
         TokenCounts(5, 5, 5), TermSums(policy_loss=math.nan), math.inf, critic_grad_norm=1.0
     )
-    report = StepReport((*REPORT.updates, skipped))
+    report = StepReport((*REPORT.updates, skipped), 0.0)
     row = step_row(PLAN, COEFFICIENTS, 4, ROLLOUTS, ANNOTATED, [], report)
     plain = step_row(PLAN, COEFFICIENTS, 4, ROLLOUTS, ANNOTATED, [], REPORT)
     assert row == plain | {"guard/skipped_updates": 1.0}
