@@ -1,0 +1,133 @@
+"""How fast an iteration is, against a plain program on the same work and against the machine."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tests.bench import report
+from tests.bench.work import (
+    W1,
+    W2,
+    W3,
+    W4,
+    Found,
+    Work,
+    own_config,
+    small_config,
+    supervised_config,
+)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where and with what it is measured."""
+
+    model: Path
+    folder: Path
+    threads: int
+
+    def measure(self, name: str, kind: str, **job: Any) -> Found:
+        """What a contender measures, in a process of its own."""
+        folder = self.folder / name
+        folder.mkdir(parents=True, exist_ok=True)
+        asked, out = folder / f"{kind}.json", folder / f"{kind}-found.json"
+        asked.write_text(json.dumps({"kind": kind, "threads": self.threads, **job}))
+        threads = str(self.threads)
+        environment = {**os.environ, "OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, "-m", "tests.bench.child", str(asked), str(out)]
+        begin = time.perf_counter()
+        with (folder / f"{kind}.log").open("w") as log:
+            done = subprocess.run(command, env=environment, stdout=log, stderr=log)
+        if done.returncode:
+            raise SystemExit(f"{name} {kind}: failed; see {log.name}")
+        print(f"{name} {kind}: {time.perf_counter() - begin:.0f} s", flush=True)
+        return Found(**json.loads(out.read_text()))
+
+    def reward_model(self) -> Path:
+        """One of the policy's shape: its trunk and a random head."""
+        folder = self.folder / "reward"
+        if not folder.exists():
+            code = (
+                "import sys, torch, transformers as t; torch.manual_seed(0); "
+                "m = t.AutoModelForSequenceClassification.from_pretrained("
+                "sys.argv[1], num_labels=1, dtype=torch.bfloat16); "
+                "m.config.pad_token_id = m.config.eos_token_id; m.save_pretrained(sys.argv[2]); "
+                "t.AutoTokenizer.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2])"
+            )
+            subprocess.run([sys.executable, "-c", code, self.model, folder], check=True)
+        return folder
+
+    def iterations(self, work: Work) -> str:
+        """W1 or W2."""
+        reward, own = self.reward_model(), self.folder / work.name
+        keep = str(own / "seen.pickle")
+        found = {}
+        for kind in ("own", "learner"):
+            raw = own_config(work, own / kind, self.model, reward, self.threads)
+            found[kind] = self.measure(work.name, kind, config=raw, keep=keep)
+        plain = {"work": asdict(work), "model": str(self.model), "reward": str(reward)}
+        found["plain"] = self.measure(work.name, "plain", **plain)
+        return report.iteration(work.name, found)
+
+    def small(self, work: Work) -> str:
+        """W3."""
+        own = self.folder / work.name
+        raw = small_config(work, own / "run")
+        return report.small(self.measure("W3", "own", config=raw, keep=str(own / "seen.pickle")))
+
+    def supervised(self, work: Work) -> str:
+        """W4."""
+        own, found = self.folder / work.name, {}
+        for kind in ("own", "learner"):
+            raw = supervised_config(work, own / kind, self.model, self.threads)
+            keep = str(own / "seen.pickle")
+            found[kind] = self.measure("W4", kind, config=raw, keep=keep)
+        return report.supervised(found)
+
+    def scaling(self) -> str:
+        """W5."""
+        return report.scaling(self.measure("W5", "scaling"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
+    parser.add_argument("works", nargs="*", help="W1 to W5; all of them if none is named")
+    parser.add_argument("--model", type=Path, default=Path("models/smollm2-135m"))
+    parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="a folder")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="in all")
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], help="the faster one if not given")
+    asked = parser.parse_args()
+    if not (asked.model / "config.json").exists():
+        sys.exit(f"{asked.model}: no such model folder (ppo-dist fetch smollm2-135m {asked.model})")
+    from tests.bench.own import gemm
+
+    dtype = asked.dtype or max(("fp32", "bf16"), key=lambda dtype: gemm(dtype, 512))
+    print(f"{asked.threads} threads, {dtype}", flush=True)
+    bench = Bench(asked.model.resolve(), asked.out.resolve(), asked.threads)
+    w1, w2, w3, w4 = (replace(work, dtype=dtype) for work in (W1, W2, W3, W4))
+    ways: dict[str, Callable[[], str]] = {
+        "W1": lambda: bench.iterations(w1),
+        "W2": lambda: bench.iterations(w2),
+        "W3": lambda: bench.small(w3),
+        "W4": lambda: bench.supervised(w4),
+        "W5": bench.scaling,
+    }
+    unknown = set(asked.works) - ways.keys()
+    if unknown:
+        sys.exit(f"{min(unknown)} is not one of {', '.join(ways)}")
+    parts = [ways[name]() for name in asked.works or ways]
+    (bench.folder / "bench.md").write_text("\n\n".join(parts) + "\n")
+    print("\n\n".join(parts))
+
+
+if __name__ == "__main__":
+    main()

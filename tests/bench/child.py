@@ -1,0 +1,34 @@
+"""One measurement in a process of its own: python -m tests.bench.child WORK.json OUT.json."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tests.bench.work import Found, Work
+
+
+def measured(kind: str, job: dict[str, Any]) -> Found:
+    """What one contender finds."""
+    if kind == "scaling":
+        from tests.bench import scaling
+
+        return scaling.run()
+    import torch
+
+    torch.set_num_threads(job["threads"])
+    if kind == "plain":
+        from tests.bench import plain
+
+        return plain.run(Work(**job["work"]), Path(job["model"]), Path(job["reward"]))
+    from tests.bench import own
+
+    return (own.run if kind == "own" else own.learner)(job["config"], Path(job["keep"]))
+
+
+if __name__ == "__main__":
+    job = json.loads(Path(sys.argv[1]).read_text())
+    Path(sys.argv[2]).write_text(json.dumps(asdict(measured(job["kind"], job))))

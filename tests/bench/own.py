@@ -1,0 +1,215 @@
+"""Our own way, and what its parts take alone."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import pickle
+import resource
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from rich.console import Console
+
+from ppo_dist import build
+from ppo_dist.build.engines import engine
+from ppo_dist.config import Config
+from ppo_dist.data.batching import pack, shares
+from ppo_dist.device import DTYPES
+from ppo_dist.learner.losses import Tensors
+from ppo_dist.models.critic import load_critic
+from ppo_dist.models.policy import PolicyModel, load_policy
+from ppo_dist.reports import Coefficients
+from ppo_dist.run import train
+from ppo_dist.tracking.local import read_rows
+from ppo_dist.types import Chunk, MicroBatch, Rollout, TrainSequence
+from tests.bench.work import Found
+
+STAGES = ("generate", "score", "annotate", "update", "publish", "step")
+COEFFICIENTS = Coefficients(
+    policy=1.0, value=0.5, mu=0.0, kl=0.0, entropy=0.0, lr=1e-6, critic_lr=1e-6
+)
+
+
+@dataclasses.dataclass
+class Seen:
+    """What went through the last step of a run."""
+
+    chunks: Sequence[Chunk] = ()
+    rollouts: Sequence[Rollout] = ()
+    updates: Sequence[Sequence[TrainSequence]] = ()
+
+
+def run(raw: dict[str, Any], keep: Path) -> Found:
+    """A run of ours; what its last step learned from is kept in a file."""
+    seen, config = Seen(), Config.model_validate(raw)
+    real = build.workers
+
+    @contextlib.contextmanager
+    def watched(*args: Any) -> Iterator[Any]:
+        with real(*args) as parts:
+            _listen(seen, *parts[:2])
+            yield parts
+
+    build.workers = watched  # type: ignore[assignment]
+    assert train(config, resume=False, console=Console(quiet=True)) == 0
+    rows = read_rows(Path(config.run.dir) / "metrics.jsonl")[1:]
+    rows = [row for row in rows if row["timing_s/step"] is not None]
+    seconds = {s: statistics.median(row[f"timing_s/{s}"] or 0.0 for row in rows) for s in STAGES}
+    keep.write_bytes(pickle.dumps(seen))
+    tokens = statistics.median(
+        (row["rollout/tokens"] or 0) + (row.get("sup/tokens") or 0) for row in rows
+    )
+    more = {"generate alone": _engine_alone(config, seen.chunks)} if seen.chunks else {}
+    for name in ("rollout", "learner"):
+        more[f"idle {name}"] = statistics.median(row[f"perf/idle_{name}_share"] for row in rows)
+    return Found(seconds, tokens, {"all": peak()}, more)
+
+
+def _listen(seen: Seen, learners: Any, pool: Any) -> None:
+    submit, collect, update = pool.submit, pool.collect, learners.update
+
+    def submitting(chunks: Sequence[Chunk]) -> int:
+        seen.chunks = chunks
+        ticket: int = submit(chunks)
+        return ticket
+
+    def collecting(ticket: int) -> list[Rollout]:
+        seen.rollouts = collect(ticket)
+        return list(seen.rollouts)
+
+    def updating(updates: Sequence[Sequence[TrainSequence]], coefficients: Coefficients) -> Any:
+        seen.updates = updates
+        return update(updates, coefficients)
+
+    pool.submit, pool.collect, learners.update = submitting, collecting, updating
+
+
+def _engine_alone(config: Config, chunks: Sequence[Chunk]) -> float:
+    made = engine(config, str(config.model.path), "cpu")()
+    first = [dataclasses.replace(chunk, version=0) for chunk in chunks]
+    return timed(lambda: [made.generate(chunk) for chunk in first], 2)
+
+
+def learner(raw: dict[str, Any], keep: Path) -> Found:
+    """A learner alone, on what a run learned from, and the bare forward and backward passes of the
+    same micro-batches; its memory beside the sum of its parts.
+    """
+    config = Config.model_validate(raw)
+    seen: Seen = pickle.loads(keep.read_bytes())
+    before = psutil.Process().memory_info().rss
+    with build.learners(config, str(config.model.path), None) as group:
+        annotate = timed(lambda: group.annotate(seen.rollouts), 1) if seen.rollouts else 0.0
+        update = timed(lambda: group.update(seen.updates, COEFFICIENTS), 2)
+        used = peak() - before
+    models = 2 if seen.rollouts else 1  # without rollouts no critic learns
+    batches = packed(seen.updates, config.learner.micro_batch_tokens)
+    alone, saved = bare(config, batches, models)
+    tokens = sum(len(s.tokens_T) for sequences in seen.updates for s in sequences)
+    seconds = {"annotate": annotate, "update": update, "bare": alone}
+    more = {
+        "gemm GFLOP/s": gemm(config.learner.dtype),
+        "GFLOP": models * flops(config, seen.updates) / 1e9,
+    }
+    parts = _parts(config, models)
+    return Found(
+        seconds, tokens, {"learner": used, "parts": parts + saved, "activations": saved}, more
+    )
+
+
+def timed(work: Callable[[], Any], times: int) -> float:
+    """Median seconds, after a first time that does not count."""
+    work()
+    taken = []
+    for _ in range(times):
+        begin = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - begin)
+    return statistics.median(taken)
+
+
+def peak() -> int:
+    """The largest memory of this process, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def gemm(dtype: str, size: int = 2048) -> float:
+    """GFLOP/s of a large matrix product: what the machine can do."""
+    a, b = (torch.randn(size, size, dtype=DTYPES[dtype]) for _ in range(2))
+    seconds = timed(lambda: a @ b, 5)
+    return 2 * size**3 / seconds / 1e9
+
+
+def flops(config: Config, updates: Sequence[Sequence[TrainSequence]]) -> float:
+    """Model FLOPs of updates of the policy, by the usual count (Chowdhery et al. 2022, appendix B):
+    6 a parameter and token of a packed row, 12·layers·width a pair of tokens in attention (half of
+    it, since it is causal), and the head at response positions alone. What is computed again in
+    backward does not count again.
+    """
+    lm = load_policy(str(config.model.path), torch.bfloat16)
+    shape, head = lm.config, lm.get_output_embeddings().weight.numel()
+    trunk = sum(p.numel() for p in lm.base_model.parameters()) - head
+    total = 0.0
+    for batch in packed(updates, config.learner.micro_batch_tokens):
+        total += 6 * (trunk * len(batch.row.tokens_S) + head * len(batch.row.targets_K))
+    for s in (s for sequences in updates for s in sequences):
+        total += 12 * shape.num_hidden_layers * shape.hidden_size * len(s.tokens_T) ** 2 / 2
+    return total
+
+
+def packed(updates: Sequence[Sequence[TrainSequence]], budget: int) -> list[MicroBatch]:
+    """The micro-batches of one learner."""
+    made = []
+    for sequences in updates:
+        rows = [(s.tokens_T, s.prompt_tokens) for s in sequences]
+        made += [pack([sequences[i] for i in members]) for members in shares(rows, 1, budget)[0]]
+    return made
+
+
+def bare(config: Config, micro_batches: Sequence[MicroBatch], models: int) -> tuple[float, int]:
+    """Seconds of forward and backward of all micro-batches by the policy, and by the critic where
+    there are two models, without optimizer; and the bytes that autograd keeps of the largest.
+    """
+    path, dtype = str(config.model.path), DTYPES[config.learner.dtype]
+    policy = PolicyModel(load_policy(path, dtype).train(), config.learner.logits_chunk)
+    critic = load_critic(path, dtype).train()
+    batches = [Tensors.of(batch, torch.device("cpu")) for batch in micro_batches]
+    ones = [torch.ones(len(b.targets_K)) for b in batches]
+
+    def both() -> None:
+        for batch, temperature_K in zip(batches, ones, strict=True):
+            out = policy(*batch.row, batch.targets_K, temperature_K)
+            (out.logprobs_K * (batch.advantages_K + batch.ce_weight_K)).sum().backward()
+            if models == 2:
+                critic(*batch.row).square().sum().backward()
+
+    seconds = timed(both, 2)
+    largest = max(range(len(batches)), key=lambda n: len(batches[n].tokens_S))
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = policy(*batches[largest].row, batches[largest].targets_K, ones[largest])
+    for parameter in policy.parameters():
+        kept.pop(parameter.untyped_storage().data_ptr(), None)
+    del out
+    return seconds, sum(kept.values())
+
+
+def _parts(config: Config, models: int) -> int:
+    """Bytes of weights, master weights, gradients and AdamW's two moments of each model that
+    learns, and of the reference's weights beside two of them.
+    """
+    lm = load_policy(str(config.model.path), DTYPES[config.learner.dtype])
+    count = sum(p.numel() for p in lm.parameters())  # the critic's trunk has the embeddings too
+    each = 2 + 4 + 2 + 8 if config.learner.dtype == "bf16" else 4 + 4 + 8
+    weights = 2 if config.learner.dtype == "bf16" else 4
+    return each * count * models + weights * count * (models - 1)

@@ -1,0 +1,121 @@
+"""The workloads, and what a contender tells of one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Work:
+    """One iteration, several times after one that does not count.
+
+    Example: Work(name="W1", prompts=32, responses=1, max_new_tokens=48, iterations=3)
+    """
+
+    name: str
+    prompts: int
+    responses: int
+    max_new_tokens: int
+    iterations: int
+    dtype: str = "bf16"
+    micro_batch: int = 8
+    minibatches: int = 2
+
+    @property
+    def sequences(self) -> int:
+        """Responses of an iteration."""
+        return self.prompts * self.responses
+
+
+W1 = Work("W1", prompts=32, responses=1, max_new_tokens=48, iterations=3)
+# a quarter of the prompts that the peers were measured with: their way of padding takes minutes
+W2 = Work("W2", prompts=8, responses=4, max_new_tokens=256, iterations=2)
+W3 = Work("W3", prompts=256, responses=1, max_new_tokens=16, iterations=12)
+W4 = Work("W4", prompts=0, responses=1, max_new_tokens=1, iterations=3)
+KL = 0.05  # its coefficient in the reward
+LR = 1e-6
+
+
+@dataclass(frozen=True)
+class Found:
+    """Medians over the iterations: seconds by stage, tokens written, tokens in training sequences;
+    the largest memory of each process in bytes.
+
+    Example: Found(seconds={"generate": 3.1, "step": 21.0}, tokens=1088, peak={"all": 5 * 10**9})
+    """
+
+    seconds: dict[str, float]
+    tokens: float
+    peak: dict[str, int] = field(default_factory=dict)
+    more: dict[str, float] = field(default_factory=dict)
+
+
+def sums(size: int, seed: int) -> dict[str, Any]:
+    """reasoning-gym's chain_sum as a data section."""
+    return {"kind": "reasoning_gym", "task": "chain_sum", "size": size, "seed": seed}
+
+
+def own_config(work: Work, folder: Path, model: Path, reward: Path, threads: int) -> dict[str, Any]:
+    """W1 or W2 as a config of ours: everything in one process, as the plain program is."""
+    judge = {"kind": "model", "path": str(reward), "dtype": work.dtype, "threads": threads}
+    return {
+        **_common(work, folder, threads),
+        "model": {"path": str(model)},
+        "data": {"verifiable": sums(2000, 1), "chat": True},
+        "reward": {"verifiable": judge},
+        "mix": {"schedule": 0.0, "prompts": work.prompts, "labelled_batch": 0},
+        "algorithm": {"minibatches": work.minibatches, "kl": KL},
+        "cluster": {"kind": "local"},
+    }
+
+
+def small_config(work: Work, folder: Path) -> dict[str, Any]:
+    """W3: the quick start's model, Ray, one learner and one rollout worker of a thread each."""
+    words = {"kind": "reasoning_gym", "task": "spell_backward", "prompt_template": "{word}>"}
+    raw = _common(work, folder, threads=1)
+    return {
+        **raw,
+        "model": {"scratch": {"layers": 4, "hidden": 192, "heads": 6, "context": 32}},
+        "data": {
+            "labelled": {**words, "size": 200, "seed": 1},
+            "verifiable": {**words, "size": 4000, "seed": 2},
+        },
+        "reward": {"labelled": "exact", "verifiable": "reasoning_gym"},
+        "mix": {"schedule": 0.1, "prompts": work.prompts, "labelled_batch": 32},
+        "algorithm": {"minibatches": work.minibatches},
+        "stream": {"max_lag": 1},
+    }
+
+
+def supervised_config(work: Work, folder: Path, model: Path, threads: int) -> dict[str, Any]:
+    """W4: 32 labelled examples an update, and nothing else."""
+    return {
+        **_common(work, folder, threads),
+        "model": {"path": str(model)},
+        "data": {"labelled": sums(500, 1), "chat": True},
+        "mix": {"schedule": 1.0, "prompts": 0, "labelled_batch": 32},
+        "cluster": {"kind": "local"},
+    }
+
+
+def _common(work: Work, folder: Path, threads: int) -> dict[str, Any]:
+    return {
+        "run": {"dir": str(folder)},
+        "train": {"steps": work.iterations + 1},
+        "rollout": {
+            "group_size": work.responses,
+            "max_new_tokens": work.max_new_tokens,
+            "chunk": max(work.sequences, 1),
+            "threads": threads,
+        },
+        "learner": {
+            "dtype": work.dtype,
+            "threads": threads,
+            "micro_batch_tokens": 2048,
+            "lr": LR,
+            "critic_lr": LR,
+        },
+        "tracking": {"wandb": "off", "progress": False},
+    }
