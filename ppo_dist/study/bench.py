@@ -88,7 +88,8 @@ def bench_rollout(job: Job, contenders: list[str], console: Console) -> int:
 
 
 def _speed(found: dict[str, Any]) -> float:
-    return statistics.median(tokens / s for s, tokens in found["rounds"])
+    speed: float = statistics.median(tokens / s for s, tokens in found["rounds"])
+    return speed
 
 
 def _found(name: str, job: Job) -> dict[str, Any]:

@@ -91,7 +91,8 @@ def _listen(seen: Seen, learners: Any, pool: Any) -> None:
 
 
 def _engine_alone(config: Config, chunks: Sequence[Chunk]) -> float:
-    made = engine(config, str(config.model.path), "cpu")()
+    path = config.model.path or f"{config.run.dir}/model"  # made on the spot
+    made = engine(config, path, "cpu")()
     first = [dataclasses.replace(chunk, version=0) for chunk in chunks]
     return timed(lambda: [made.generate(chunk) for chunk in first], 2)
 

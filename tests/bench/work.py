@@ -54,7 +54,13 @@ class Found:
 
 def sums(size: int, seed: int) -> dict[str, Any]:
     """reasoning-gym's chain_sum as a data section."""
-    return {"kind": "reasoning_gym", "task": "chain_sum", "size": size, "seed": seed}
+    return {
+        "kind": "reasoning_gym",
+        "task": "chain_sum",
+        "size": size,
+        "seed": seed,
+        "split": "train",
+    }
 
 
 def own_config(work: Work, folder: Path, model: Path, reward: Path, threads: int) -> dict[str, Any]:
@@ -73,7 +79,12 @@ def own_config(work: Work, folder: Path, model: Path, reward: Path, threads: int
 
 def small_config(work: Work, folder: Path) -> dict[str, Any]:
     """W3: the quick start's model, Ray, one learner and one rollout worker of a thread each."""
-    words = {"kind": "reasoning_gym", "task": "spell_backward", "prompt_template": "{word}>"}
+    words = {
+        "kind": "reasoning_gym",
+        "task": "spell_backward",
+        "prompt_template": "{word}>",
+        "split": "train",
+    }
     raw = _common(work, folder, threads=1)
     return {
         **raw,
