@@ -102,7 +102,7 @@ def raw_config(folder: Path, **sections: Any) -> dict[str, Any]:
             "critic_max_grad_norm": 0.0,
         },
         "algorithm": {"epochs": 1, "minibatches": 2, "kl": 0.05},
-        "cluster": {"kind": "local"},
+        "cluster": {"kind": "local", "wait_s": 60},  # a busy machine is slow to free them
         "tracking": {"wandb": "off", "progress": False},
     }
     for name, section in sections.items():
