@@ -57,8 +57,11 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Any], list[
 
 @pytest.mark.parametrize(
     ("stage", "workers", "placement"),
-    [(stage, workers, "split") for stage in (0, 1, 2, 3) for workers in (1, 2)]
-    + [(2, 2, "colocated"), (3, 2, "colocated")],  # learners sleep while others generate
+    [(1, 1, "split"), *((stage, 2, "split") for stage in (0, 1, 2, 3)), (3, 2, "colocated")]
+    + [
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in ((0, 1, "split"), (2, 1, "split"), (3, 1, "split"), (2, 2, "colocated"))
+    ],  # colocated learners sleep while others generate
 )
 def test_layouts_give_the_same_run(
     ray_session: None,
