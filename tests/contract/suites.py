@@ -75,15 +75,19 @@ def check_rollout(rollout: Rollout, chunk: Chunk) -> None:
     assert rollout.finish == "eos" or len(rollout.tokens_R) == limit
 
 
-def check_reward_source(source: RewardSource, rollouts: Sequence[Rollout]) -> None:
-    """One finite score per rollout, in order, rounding aside the same whatever stands beside it."""
+def check_reward_source(
+    source: RewardSource, rollouts: Sequence[Rollout], rounding: float = 0.0
+) -> None:
+    """One finite score per rollout, in order, the same (but for `rounding`, where a model computes
+    it) whatever stands beside it.
+    """
     scores = source.score(rollouts)
     assert len(scores) == len(rollouts)
     assert all(math.isfinite(score.value) and score.source for score in scores)
     assert source.score([]) == []
     backwards = source.score(list(reversed(rollouts)))
     for score, again in zip(scores, reversed(backwards), strict=True):
-        assert math.isclose(score.value, again.value, rel_tol=1e-4, abs_tol=1e-5)
+        assert math.isclose(score.value, again.value, rel_tol=rounding, abs_tol=rounding)
         assert replace(again, value=score.value) == score
 
 

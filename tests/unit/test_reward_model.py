@@ -121,7 +121,7 @@ def test_contract(tmp_path: Path, tiny_model: Path) -> None:
     path = classifier(tmp_path / "rm", tiny_model)
     raw = raw_config(tmp_path, reward={"verifiable": {"kind": "model", "path": str(path)}})
     with build.rollout_pool(Config.model_validate(raw), str(tiny_model)) as (_, source):
-        suites.check_reward_source(source, rollouts(tiny_model))
+        suites.check_reward_source(source, rollouts(tiny_model), rounding=1e-5)
 
 
 def test_weighted_with_a_rule(tmp_path: Path, tiny_models: dict[str, Path]) -> None:
