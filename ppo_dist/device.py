@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import datetime
 import os
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import torch.distributed
 from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
 
 DeviceKind = Literal["cpu", "cuda"]
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -30,9 +32,20 @@ def prepare(kind: DeviceKind, threads: int) -> torch.device:
     """
     torch.set_num_threads(threads)
     if kind == "cpu":
+        _keep_freed_memory()
         return torch.device("cpu")
     torch.cuda.set_device(0)
     return torch.device("cuda", 0)
+
+
+def _keep_freed_memory() -> None:
+    """Lets malloc keep what is freed, as torch does by itself on a GPU. glibc gives every large
+    tensor back to the system, which then clears its pages anew when the next one is made.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # of glibc alone
+    if mallopt is not None:
+        for parameter, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1)):
+            mallopt(parameter, value)
 
 
 def visible() -> str:

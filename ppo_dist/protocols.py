@@ -145,7 +145,8 @@ class LearnerGroup(Protocol):
     def annotate(
         self, responses: Sequence[Rollout | LabelledExample], imitation: bool = False
     ) -> list[Annotation]:
-        """What policy, reference and critic say of each response.
+        """What policy, reference and critic say of each response; the policy is not asked where
+        the rollout workers' log-probabilities serve as the old ones (`algorithm.old_logprobs`).
 
         The first call fixes the reference (the policy as it is then, where it is to be reset) and
         starts the critic. With `imitation` the policy alone is asked, at temperature 1 as the

@@ -38,14 +38,15 @@ class Coefficients:
 @dataclass(frozen=True)
 class TermSums:
     """Sums over the live tokens of one update on one rank, to be added over ranks before any
-    division. `acted` counts those of the policy loss that were computed.
+    division. `acted` counts those of the policy loss that were computed, `moved` is Σ |log r|.
 
-    Example: TermSums(policy_loss=-3.1, acted=310, clipped=4, kl=.02, kl_k1=.01, kl_loss=0.,
-    entropy=71., value_clipped=1, ce_loss=55., ce_correct=80)
+    Example: TermSums(policy_loss=-3.1, acted=310, moved=2.9, clipped=4, kl=.02, kl_k1=.01,
+    kl_loss=0., entropy=71., value_clipped=1, ce_loss=55., ce_correct=80)
     """
 
     policy_loss: float = 0.0
     acted: float = 0.0
+    moved: float = 0.0
     clipped: float = 0.0
     kl: float = 0.0
     kl_k1: float = 0.0

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional
 
 TINY = 1e-6
 
@@ -38,16 +39,14 @@ class Gae:
         group_B: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See above."""
-        advantages_BR = torch.zeros_like(values_BR)
-        next_value_B = value_end_B.to(values_BR.dtype)
-        next_advantage_B = torch.zeros_like(next_value_B)
-        for t in reversed(range(values_BR.shape[1])):
-            live_B = mask_BR[:, t]
-            delta_B = rewards_BR[:, t] + self.gamma * next_value_B - values_BR[:, t]
-            advantage_B = delta_B + self.gamma * self.lam * next_advantage_B
-            advantages_BR[:, t] = torch.where(live_B, advantage_B, 0.0)
-            next_advantage_B = torch.where(live_B, advantage_B, next_advantage_B)
-            next_value_B = torch.where(live_B, values_BR[:, t], next_value_B)
+        next_BR = _next_live(values_BR, mask_BR, value_end_B)
+        delta_BR = torch.where(mask_BR, rewards_BR + self.gamma * next_BR - values_BR, 0.0)
+        # a token that is masked out hands on what comes after it; rows of time are contiguous
+        decay_BR = torch.ones_like(delta_BR).masked_fill(mask_BR, self.gamma * self.lam)
+        decay_RB, advantages_RB = decay_BR.T.contiguous(), delta_BR.T.contiguous()
+        for t in reversed(range(len(advantages_RB) - 1)):
+            advantages_RB[t].addcmul_(decay_RB[t], advantages_RB[t + 1])
+        advantages_BR = torch.where(mask_BR, advantages_RB.T, 0.0)
         returns_BR = torch.where(mask_BR, advantages_BR + values_BR, 0.0)
         return advantages_BR, returns_BR
 
@@ -122,6 +121,18 @@ class ReinforcePlusPlus:
         """See above: that is GAE with values of 0 and λ = 1."""
         nothing = torch.zeros_like(rewards_BR)
         return Gae(self.gamma, 1.0)(rewards_BR, nothing, mask_BR, nothing[:, 0], group_B)
+
+
+def _next_live(
+    values_BR: torch.Tensor, mask_BR: torch.Tensor, value_end_B: torch.Tensor
+) -> torch.Tensor:
+    """At each token the value at the next one that is masked in; after the last, `value_end`."""
+    width = values_BR.shape[1]
+    own_BR = torch.arange(width).expand_as(mask_BR).masked_fill(~mask_BR, width)
+    later_BR = functional.pad(own_BR, (0, 1), value=width)[:, 1:]
+    at_BR = later_BR.flip(1).cummin(1).values.flip(1)
+    ended = torch.cat([values_BR, value_end_B[:, None].to(values_BR.dtype)], 1)
+    return ended.gather(1, at_BR)
 
 
 def _group_sums(

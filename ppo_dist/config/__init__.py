@@ -10,7 +10,14 @@ from pydantic import Field, model_validator
 
 from ppo_dist.config.algorithm import Algorithm, Mix
 from ppo_dist.config.base import ORIGINS, InputError, Origin, RunError, Section
-from ppo_dist.config.combinations import corrects, impossible, reward_models, sees_answer, uses
+from ppo_dist.config.combinations import (
+    corrects,
+    impossible,
+    reuses_logprobs,
+    reward_models,
+    sees_answer,
+    uses,
+)
 from ppo_dist.config.data import Critic, Data, Model, Reference
 from ppo_dist.config.reward import Reward
 from ppo_dist.config.semi import Semi
@@ -32,6 +39,7 @@ __all__ = [
     "RunError",
     "Section",
     "corrects",
+    "reuses_logprobs",
     "reward_models",
     "sees_answer",
     "uses",

@@ -193,6 +193,12 @@ class Algorithm(Section):
     reward: RewardShaping = RewardShaping()
     truncated: AnyTruncated = Truncated()
     correction: Annotated[Correction, BeforeValidator(bare_kind)] = Correction()
+    old_logprobs: Literal["auto", "behaviour", "recompute"] = Field(
+        "auto",
+        description="what ratios compare with: the rollout workers' log-probabilities, or the "
+        "learners' own, at the cost of a pass; auto: the workers' where both are the same to "
+        "rounding (engine hf, fp32, no lag)",
+    )
     epochs: int = Field(1, ge=1, description="passes over a step's sequences")
     minibatches: int = Field(1, ge=1, description="updates in an epoch")
     clip: Annotated[Clip, BeforeValidator(_bare_clip)] = Field(

@@ -70,6 +70,18 @@ def corrects(config: Config) -> bool:
     return kind == "importance" or (kind == "auto" and config.stream.max_lag > 0)
 
 
+def reuses_logprobs(config: Config) -> bool:
+    """Whether the rollout workers' log-probabilities are the old ones, so that the policy makes no
+    pass of its own before the first update.
+    """
+    chosen = config.algorithm.old_logprobs
+    if chosen != "auto":
+        return chosen == "behaviour"
+    is_same = config.rollout.engine.kind == "hf" and config.learner.dtype == "fp32"
+    is_free = config.critic.shared  # the pass is made anyway, for the values
+    return is_same and not is_free and not config.stream.max_lag and not corrects(config)
+
+
 def _workers(c: Config) -> Iterator[str]:
     if c.learner.zero_stage == 0 and c.learner.dtype == "bf16":
         yield "learner.dtype bf16 needs learner.zero_stage 1, 2 or 3"
@@ -174,6 +186,15 @@ def _algorithm(c: Config) -> Iterator[str]:
         yield (
             "with model.lora the reference is the policy without its adapter: "
             "set reference.reset to never, and no reference.path"
+        )
+    if reuses_logprobs(c) and corrects(c):
+        yield (
+            "algorithm.old_logprobs behaviour leaves nothing to correct: set algorithm.correction "
+            "to off"
+        )
+    if reuses_logprobs(c) and critic.shared:
+        yield (
+            "critic.shared makes the policy's pass anyway: set algorithm.old_logprobs to recompute"
         )
     if critic.shared and critic.path is not None:
         yield "critic.shared has no model of its own: critic.path must be null"

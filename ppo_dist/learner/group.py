@@ -11,14 +11,12 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from ppo_dist.data.batching import count_tokens, pack, shares
-from ppo_dist.learner.worker import LearnerWorker, UpdateShard
+from ppo_dist.data.batching import count_tokens, shares
+from ppo_dist.learner.worker import Asked, LearnerWorker, UpdateShard
 from ppo_dist.reports import Coefficients, StepReport, TermSums, UpdateReport
 from ppo_dist.types import (
     Annotation,
-    Ints,
     LabelledExample,
-    MicroBatch,
     Rollout,
     TrainSequence,
     Weights,
@@ -64,8 +62,8 @@ class Learners:
         self, responses: Sequence[Rollout | LabelledExample], imitation: bool = False
     ) -> list[Annotation]:
         """See LearnerGroup."""
-        rows = [_row(response) for response in responses]
-        parts = shares(rows, self._ranks.world, self._budget)
+        rows = [_asked(response) for response in responses]
+        parts = shares([row[:2] for row in rows], self._ranks.world, self._budget)
         work = [([[rows[i] for i in members] for members in part], imitation) for part in parts]
         answers = self._ranks.call(LearnerWorker.annotate, work)
         by_index: dict[int, Annotation] = {}
@@ -110,15 +108,18 @@ class Learners:
         if self._shares_trunk:
             named = {id(s) for s in (*taught, *valued)}
             taught, valued = [s for s in sequences if id(s) in named], []
-        policy, critic = self._packed(taught), self._packed(valued)
+        policy = self._parts(taught)
+        critic = policy if valued == taught else self._parts(valued)
         return [UpdateShard(policy[r], critic[r], counts) for r in range(self._ranks.world)]
 
-    def _packed(self, sequences: Sequence[TrainSequence]) -> list[tuple[MicroBatch, ...]]:
+    def _parts(
+        self, sequences: Sequence[TrainSequence]
+    ) -> list[tuple[tuple[TrainSequence, ...], ...]]:
         if not sequences:
             return [()] * self._ranks.world
         rows = [(s.tokens_T, s.prompt_tokens) for s in sequences]
         parts = shares(rows, self._ranks.world, self._budget)
-        return [tuple(pack([sequences[i] for i in members]) for members in part) for part in parts]
+        return [tuple(tuple(sequences[i] for i in members) for members in part) for part in parts]
 
 
 def _busy(sequences: Sequence[TrainSequence], coefficients: Coefficients) -> list[TrainSequence]:
@@ -134,9 +135,11 @@ def _busy(sequences: Sequence[TrainSequence], coefficients: Coefficients) -> lis
     return [*acting, *imitated]
 
 
-def _row(response: Rollout | LabelledExample) -> tuple[Ints, int]:
+def _asked(response: Rollout | LabelledExample) -> Asked:
     prompt = response.prompt
-    return np.concatenate([prompt.tokens_P, response.tokens_R]), len(prompt.tokens_P)
+    told = response.logprobs_R if isinstance(response, Rollout) else np.zeros(0, np.float32)
+    tokens_T = np.concatenate([prompt.tokens_P, response.tokens_R])
+    return Asked(tokens_T, len(prompt.tokens_P), told)
 
 
 def _merged(of_ranks: Sequence[UpdateReport]) -> UpdateReport:

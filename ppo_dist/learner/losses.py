@@ -80,6 +80,7 @@ def policy_loss(
     sums = TermSums(
         policy_loss=policy_sum.item(),
         acted=live.sum().item(),
+        moved=(out.logprobs_K - batch.logprobs_K)[live].abs().sum().item(),
         clipped=term.clipped[live].sum().item(),
         kl=term.kl[live].sum().item(),
         kl_k1=term.kl_k1[live].sum().item(),

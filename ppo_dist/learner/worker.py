@@ -7,23 +7,24 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from ppo_dist import device
-from ppo_dist.config import Config
-from ppo_dist.data.batching import pack_rows
+from ppo_dist.config import Config, reuses_logprobs
+from ppo_dist.data.batching import pack, pack_rows
 from ppo_dist.learner.engine import ZeroEngine, join_group
 from ppo_dist.learner.losses import Tensors, policy_loss, value_loss
 from ppo_dist.learner.roles import Roles
 from ppo_dist.models.policy import PolicyOutput
 from ppo_dist.protocols import NamedTensors, WeightSender
 from ppo_dist.reports import Coefficients, StepReport, TermSums, TokenCounts, UpdateReport
-from ppo_dist.types import Annotation, Ints, MicroBatch, Weights
+from ppo_dist.types import Annotation, Floats, Ints, TrainSequence, Weights
 
 MEGABYTE = 2**20
 
@@ -44,13 +45,26 @@ class Seat:
 
 @dataclass(frozen=True, eq=False)
 class UpdateShard:
-    """One rank's part of one update: as many micro-batches as every other rank has, for each of the
-    two models; none where the model learns nothing. With a shared trunk all are the policy's.
+    """One rank's part of one update: the sequences of as many micro-batches as every other rank
+    has, for each of the two models; none where the model learns nothing. With a shared trunk all
+    are the policy's. Rows are packed by the rank, which is less to send, and a rank's own work.
     """
 
-    policy: tuple[MicroBatch, ...]
-    critic: tuple[MicroBatch, ...]
+    policy: tuple[tuple[TrainSequence, ...], ...]
+    critic: tuple[tuple[TrainSequence, ...], ...]
     counts: TokenCounts
+
+
+class Asked(NamedTuple):
+    """A sequence to be annotated: its tokens, how many are the prompt's, and the log-probabilities
+    that its rollout worker told (of a labelled example: none).
+
+    Example: Asked(tokens_T=[8, 5, 3, 5, 8, 1], prompt_tokens=3, logprobs_R=[-.1, -.7, -.01])
+    """
+
+    tokens_T: Ints
+    prompt_tokens: int
+    logprobs_R: Floats
 
 
 @functools.lru_cache(maxsize=1)
@@ -70,14 +84,13 @@ class LearnerWorker:
         join_group(seat.rank, seat.world, seat.address, seat.port, seat.device)
         torch.manual_seed(config.run.seed + seat.rank)
         self._config, self._seat, self._sender = config, seat, sender
+        self._reuses_logprobs = reuses_logprobs(config)
         self._roles = Roles(config, model_path, self._device, seat.rank, resume)
         self._steps, self._busy_s = 0, 0.0  # since the start, since the last report
 
-    def annotate(
-        self, shard: list[list[tuple[Ints, int]]], imitation: bool
-    ) -> list[list[Annotation]]:
-        """Annotations of (tokens_T, prompt length) pairs, micro-batch by micro-batch; with
-        `imitation` by the policy alone, at temperature 1.
+    def annotate(self, shard: list[list[Asked]], imitation: bool) -> list[list[Annotation]]:
+        """Annotations, micro-batch by micro-batch; with `imitation` by the policy alone, at
+        temperature 1. Without a pass of it, the rollout workers' log-probabilities are taken over.
         """
         if not imitation:
             self._roles.reinforce()
@@ -129,13 +142,20 @@ class LearnerWorker:
         if stage != "imitate":  # that is evaluation, not the step
             self._busy_s += time.perf_counter() - begin
 
-    def _annotate(self, rows: list[tuple[Ints, int]], imitation: bool) -> list[Annotation]:
-        row = pack_rows(rows or [(np.zeros(2, np.int64), 1)], end=True)
+    def _annotate(self, asked: list[Asked], imitation: bool) -> list[Annotation]:
+        # a rank with nothing to do takes part in the passes of the others
+        rows = [(a.tokens_T, a.prompt_tokens) for a in asked] or [(np.zeros(2, np.int64), 1)]
+        row = pack_rows(rows, end=True)
         *where, targets_K = (torch.as_tensor(a).to(self._device) for a in vars(row).values())
         temperature = 1.0 if imitation else self._config.rollout.temperature
         temperature_K = torch.full(targets_K.shape, temperature, device=self._device)
-        out: PolicyOutput = self._roles.policy(*where, targets_K, temperature_K)
-        logprobs_K, values_K = out.logprobs_K.cpu().numpy(), out.values_K.cpu().numpy()
+        if self._reuses_logprobs and not imitation:
+            known = [np.append(a.logprobs_R, 0) for a in asked]  # one state more, as in the row
+            logprobs_K = np.concatenate(known or [np.zeros(2)]).astype(np.float32)
+            values_K = np.zeros_like(logprobs_K)
+        else:
+            out: PolicyOutput = self._roles.policy(*where, targets_K, temperature_K)
+            logprobs_K, values_K = out.logprobs_K.cpu().numpy(), out.values_K.cpu().numpy()
         reference_K = logprobs_K
         if self._roles.reference is not None and not imitation:
             reference = self._roles.reference(*where, targets_K, temperature_K)
@@ -143,8 +163,8 @@ class LearnerWorker:
         if self._roles.critic is not None and not imitation:
             values_K = self._roles.critic(*where).cpu().numpy()
         annotations, begin = [], 0
-        for tokens_T, prompt in rows:
-            end = begin + len(tokens_T) - prompt
+        for one in asked:
+            end = begin + len(one.tokens_T) - one.prompt_tokens
             response = slice(begin, end)
             annotations.append(
                 Annotation(
@@ -160,22 +180,25 @@ class LearnerWorker:
     def _update(self, shard: UpdateShard, coefficients: Coefficients) -> UpdateReport:
         sums, grad_norm, critic_norm = TermSums(), None, None
         if shard.policy:
-            for micro_batch in shard.policy:
-                sums += self._policy_backward(micro_batch, shard.counts, coefficients)
+            for sequences in shard.policy:
+                sums += self._policy_backward(sequences, shard.counts, coefficients)
             of_head = [coefficients.critic_lr] if self._roles.shares_trunk else []
             grad_norm = self._roles.policy.step(coefficients.lr, *of_head)
         if shard.critic:
             critic = self._roles.critic
             assert critic is not None, "annotate() comes before an update with value tokens"
-            for micro_batch in shard.critic:
-                sums += self._critic_backward(critic, micro_batch, shard.counts, coefficients)
+            for sequences in shard.critic:
+                sums += self._critic_backward(critic, sequences, shard.counts, coefficients)
             critic_norm = critic.step(coefficients.critic_lr)
         return UpdateReport(shard.counts, sums, grad_norm, critic_norm)
 
     def _policy_backward(
-        self, micro_batch: MicroBatch, counts: TokenCounts, coefficients: Coefficients
+        self,
+        sequences: Sequence[TrainSequence],
+        counts: TokenCounts,
+        coefficients: Coefficients,
     ) -> TermSums:
-        batch = Tensors.of(micro_batch, self._device)
+        batch = Tensors.of(pack(sequences), self._device)
         # the policy that acts is softmax(logits / temperature); imitation is of softmax(logits)
         temperature_K = torch.where(batch.ce_weight_K != 0, 1.0, self._config.rollout.temperature)
         out: PolicyOutput = self._roles.policy(*batch.row, batch.targets_K, temperature_K)
@@ -191,11 +214,11 @@ class LearnerWorker:
     def _critic_backward(
         self,
         critic: ZeroEngine,
-        micro_batch: MicroBatch,
+        sequences: Sequence[TrainSequence],
         counts: TokenCounts,
         coefficients: Coefficients,
     ) -> TermSums:
-        batch = Tensors.of(micro_batch, self._device)
+        batch = Tensors.of(pack(sequences), self._device)
         values_K = critic(*batch.row)
         loss, sums = value_loss(batch, values_K, counts, coefficients, self._config.algorithm)
         critic.backward(loss)

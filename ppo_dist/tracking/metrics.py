@@ -130,7 +130,7 @@ def step_row(
     return {
         **_rewards(scored),
         **_rollouts([s.rollout for s in scored], version),
-        **_agreement(annotated),
+        **_agreement(annotated, report),
         **_updates(report, coefficients),
         "critic/explained_variance": _explained_variance(sequences),
         "objective/advantage_std": _advantage_std(sequences),
@@ -202,12 +202,17 @@ def _rewards(scored: Sequence[Scored]) -> Row:
     return row
 
 
-def _agreement(annotated: Sequence[tuple[Rollout, Annotation]]) -> Row:
-    """How far the policy is from its reference, and the learners from what generated."""
+def _agreement(annotated: Sequence[tuple[Rollout, Annotation]], report: StepReport) -> Row:
+    """How far the policy is from its reference, and the learners from what generated. Where the
+    policy was not asked before the first update, that update tells: it meets the same policy.
+    """
     gaps = [np.abs(a.logprobs_R - r.logprobs_R) for r, a in annotated]
+    gap = mean(np.concatenate(gaps) if gaps else [])
+    if gap == 0 and report.updates and report.updates[0].sums.acted:
+        gap = report.updates[0].sums.moved / report.updates[0].sums.acted
     return {
         "objective/kl": mean([float((a.logprobs_R - a.reference_R).sum()) for _, a in annotated]),
-        "rollout/logprob_gap": mean(np.concatenate(gaps) if gaps else []),
+        "rollout/logprob_gap": gap,
     }
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ class Bench:
     model: Path
     folder: Path
     threads: int
+    found: dict[str, dict[str, Any]] = field(default_factory=dict)  # by workload and contender
 
     def measure(self, name: str, kind: str, **job: Any) -> Found:
         """What a contender measures, in a process of its own."""
@@ -50,7 +52,8 @@ class Bench:
         if done.returncode:
             raise SystemExit(f"{name} {kind}: failed; see {log.name}")
         print(f"{name} {kind}: {time.perf_counter() - begin:.0f} s", flush=True)
-        return Found(**json.loads(out.read_text()))
+        self.found.setdefault(name, {})[kind] = numbers = json.loads(out.read_text())
+        return Found(**numbers)
 
     def reward_model(self) -> Path:
         """One of the policy's shape: its trunk and a random head."""
@@ -95,7 +98,9 @@ class Bench:
 
     def scaling(self) -> str:
         """W5."""
-        return report.scaling(self.measure("W5", "scaling"))
+        found = self.measure("W5", "scaling")
+        report.plot(found, self.folder / "scaling.png")
+        return report.scaling(found)
 
 
 def main() -> None:
@@ -126,6 +131,8 @@ def main() -> None:
         sys.exit(f"{min(unknown)} is not one of {', '.join(ways)}")
     parts = [ways[name]() for name in asked.works or ways]
     (bench.folder / "bench.md").write_text("\n\n".join(parts) + "\n")
+    machine = {"threads": asked.threads, "dtype": dtype, "system": platform.platform()}
+    (bench.folder / "bench.json").write_text(json.dumps({**machine, **bench.found}, indent=2))
     print("\n\n".join(parts))
 
 

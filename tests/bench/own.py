@@ -7,6 +7,7 @@ import dataclasses
 import pickle
 import resource
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -57,7 +58,8 @@ def run(raw: dict[str, Any], keep: Path) -> Found:
             yield parts
 
     build.workers = watched  # type: ignore[assignment]
-    assert train(config, resume=False, console=Console(quiet=True)) == 0
+    with Processes() as watch:
+        assert train(config, resume=False, console=Console(quiet=True)) == 0
     rows = read_rows(Path(config.run.dir) / "metrics.jsonl")[1:]
     rows = [row for row in rows if row["timing_s/step"] is not None]
     seconds = {s: statistics.median(row[f"timing_s/{s}"] or 0.0 for row in rows) for s in STAGES}
@@ -68,7 +70,43 @@ def run(raw: dict[str, Any], keep: Path) -> Found:
     more = {"generate alone": _engine_alone(config, seen.chunks)} if seen.chunks else {}
     for name in ("rollout", "learner"):
         more[f"idle {name}"] = statistics.median(row[f"perf/idle_{name}_share"] for row in rows)
-    return Found(seconds, tokens, {"all": peak()}, more)
+    for name, what in (("rollouts", seen.rollouts), ("training sequences", seen.updates)):
+        more[f"bytes of {name}"] = len(pickle.dumps(what))
+    return Found(seconds, tokens, watch.peak, more)
+
+
+class Processes:
+    """The largest memory of this process and of those that it starts, by name, in bytes; looked at
+    twice a second.
+    """
+
+    def __init__(self) -> None:
+        self.peak: dict[str, int] = {}
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Processes:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        own = psutil.Process()
+        while not self._over.wait(0.5):
+            for process in (own, *own.children(recursive=True)):
+                with contextlib.suppress(psutil.Error):
+                    name = "driver" if process == own else _name(process.cmdline())
+                    used = process.memory_info().rss
+                    self.peak[name] = max(self.peak.get(name, 0), used)
+
+
+def _name(command: Sequence[str]) -> str:
+    """A Ray worker's by what it runs, the rest of Ray under one."""
+    first = command[0] if command else ""
+    return first.split("::")[1].split(".")[0] if "::" in first else "ray"
 
 
 def _listen(seen: Seen, learners: Any, pool: Any) -> None:

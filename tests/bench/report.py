@@ -1,6 +1,13 @@
-"""What was measured, as Markdown."""
+"""What was measured, as Markdown, and a figure."""
 
 from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
 
 from tests.bench.work import Found
 
@@ -31,9 +38,21 @@ def iteration(name: str, found: dict[str, Found]) -> str:
         f"* generation against the engine alone: "
         f"{own.more['generate alone'] / own.seconds['generate']:.0%}",
         f"* scoring, annotation and publishing: {beside:.0%} of the step",
+        *moved(own),
         *learner(alone),
     ]
     return "\n".join(lines)
+
+
+def moved(found: Found) -> list[str]:
+    """What goes from process to process in a step, and the processes' memory."""
+    sizes = [
+        f"{name.removeprefix('bytes of ')} {number / 1e6:.2f} MB"
+        for name, number in found.more.items()
+        if name.startswith("bytes of ")
+    ]
+    peaks = [f"{name} {number / 1e9:.2f} GB" for name, number in found.peak.items()]
+    return [f"* moved in a step: {', '.join(sizes)}", f"* largest memory: {', '.join(peaks)}"]
 
 
 def learner(alone: Found) -> list[str]:
@@ -54,18 +73,22 @@ def small(found: Found) -> str:
     """W3: how much of a step is neither generating nor learning."""
     step = found.seconds["step"]
     overhead = min(found.more["idle rollout"], found.more["idle learner"])
-    return (
-        "### W3\n\n"
-        f"* {60 / step:.1f} steps a minute ({step:.2f} s each, {found.tokens:.0f} tokens)\n"
-        f"* of a step the busier of rollout worker and learner waits {overhead:.0%}: Python and Ray"
-    )
+    lines = [
+        "### W3",
+        "",
+        f"* {60 / step:.1f} steps a minute ({step:.2f} s each, {found.tokens:.0f} tokens)",
+        f"* the busier of rollout worker and learner waits {overhead:.0%} of a step: Python, Ray",
+        f"* stages: {', '.join(f'{s} {found.seconds[s]:.2f} s' for s in STAGES[:-1])}",
+        *moved(found),
+    ]
+    return "\n".join(lines)
 
 
 def supervised(found: dict[str, Found]) -> str:
     """W4."""
     own, alone = found["own"], found["learner"]
     head = f"### W4\n\n* a step of 32 examples: {own.seconds['step']:.2f} s"
-    return "\n".join([head, *learner(alone)])
+    return "\n".join([head, *moved(own), *learner(alone)])
 
 
 def scaling(found: Found) -> str:
@@ -76,3 +99,25 @@ def scaling(found: Found) -> str:
     lines += ["", f"* the driver's memory: {first / 1e6:.0f} MB after 100 steps, {last / 1e6:.0f} "]
     lines[-1] += "after 1,000"
     return "\n".join(lines)
+
+
+def plot(found: Found, out: Path) -> None:
+    """W5: seconds of the coordinator over the sequences of a step, and what grows with them."""
+    figure, axis = plt.subplots(figsize=(5, 3.6))
+    for kind, label in (("in process", "workers in its process"), ("actors", "Ray actors")):
+        points = [(name.split()[0], s) for name, s in found.more.items() if name.endswith(kind)]
+        sequences = [4 * int(workers) for workers, _ in points]
+        axis.loglog(sequences, [seconds for _, seconds in points], marker="o", label=label)
+    count, seconds = sequences[-1], points[-1][1]
+    axis.loglog(
+        [4, 1024],
+        [seconds * n / count for n in (4, 1024)],
+        ":",
+        color="grey",
+        label="in proportion",
+    )
+    axis.set(xlabel="sequences of a step (4,000 tokens each)", ylabel="coordinator, s a step")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(out, dpi=120)

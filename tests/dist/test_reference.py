@@ -170,6 +170,7 @@ def algorithm(folder: Path, case: Case, variant: str = "plain") -> Config:
                 if wanted.kl_loss_coef
                 else wanted.kl_coef,
                 "supervised_loss": "phi" if variant == "phi" else "nll",
+                "old_logprobs": "recompute",
             },
             cluster={"kind": "ray"},
             **VARIANTS[variant],

@@ -236,11 +236,12 @@ def test_a_reference_that_teaches_nothing_changes_nothing(tmp_path: Path) -> Non
     assert [{k: v for k, v in row.items() if k != "objective/kl"} for row in with_one] == without
 
 
-def test_before_any_update_of_its_step_the_policy_is_the_old_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("old", ["behaviour", "recompute"])
+def test_before_any_update_of_its_step_the_policy_is_the_old_one(tmp_path: Path, old: str) -> None:
     """One update a step: its ratio is 1, nothing is clipped, and the behaviour's log-probabilities
     are the learner's.
     """
-    algorithm = {"epochs": 1, "minibatches": 1}
+    algorithm = {"epochs": 1, "minibatches": 1, "old_logprobs": old}
     assert run(config(tmp_path, 4, algorithm=algorithm, mix={"schedule": 0.5})) == 0
     for row in numbers(tmp_path)[1:]:
         assert row["policy/clip_fraction"] == 0.0

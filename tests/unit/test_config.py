@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ppo_dist.config import Config, InputError, sees_answer
+from ppo_dist.config import Config, InputError, reuses_logprobs, sees_answer
 from ppo_dist.config.algorithm import Clip, KlInReward
 from ppo_dist.config.base import Constant, Linear
 from ppo_dist.config.combinations import impossible
@@ -109,6 +109,14 @@ def test_defaults_of_a_minimal_config(read) -> None:
         ({"algorithm": {"kl": {"kind": "los"}}}, "algorithm.kl"),
         ({"algorithm": {"kl": {"controller": "adaptive"}}}, "algorithm.kl"),
         ({"algorithm": {"advantage": "rloo"}}, "rollout.group_size must be 2 or more"),
+        (
+            {"algorithm": {"old_logprobs": "behaviour"}, "stream": {"max_lag": 1}},
+            "leaves nothing to correct: set algorithm.correction to off",
+        ),
+        (
+            {"algorithm": {"old_logprobs": "behaviour"}, "critic": {"shared": True}},
+            "set algorithm.old_logprobs to recompute",
+        ),
         ({"model": {"lora": {}}}, "set reference.reset to never"),
         ({"reference": None, "algorithm": {"kl": 0.1}}, "without one (reference null)"),
         (
@@ -271,6 +279,31 @@ def test_off_needs_no_quotes(tmp_path: Path) -> None:
     more = "tracking: {wandb: off}\nalgorithm: {correction: off}\n"
     path.write_text(yaml.safe_dump(MINIMAL) + more)
     assert load(path).tracking.wandb == load(path).algorithm.correction.kind == "off"
+
+
+@pytest.mark.parametrize(
+    ("changes", "takes_over"),
+    [
+        ({}, True),
+        ({"algorithm": {"old_logprobs": "recompute"}}, False),
+        ({"learner": {"dtype": "bf16", "zero_stage": 1}}, False),
+        ({"rollout": {"engine": "vllm"}}, False),
+        ({"stream": {"max_lag": 1}}, False),
+        ({"algorithm": {"correction": "importance"}}, False),
+        ({"critic": {"shared": True}}, False),
+        (
+            {
+                "algorithm": {"old_logprobs": "behaviour", "correction": {"kind": "off"}},
+                "stream": {"max_lag": 1},
+            },
+            True,
+        ),
+    ],
+)
+def test_old_log_probabilities_are_taken_over_where_they_are_the_same(
+    read, changes, takes_over
+) -> None:
+    assert reuses_logprobs(read({}, changes)) == takes_over
 
 
 UNLABELLED = {"data": {"unlabelled": "u.jsonl"}, "mix": {"shares": {"unlabelled": 1}}}

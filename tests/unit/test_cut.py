@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ppo_dist.config.algorithm import Algorithm
+from ppo_dist.data.batching import pack
 from ppo_dist.learner.group import Learners
 from ppo_dist.learner.losses import Tensors, policy_loss, value_loss
 from ppo_dist.learner.worker import LearnerWorker, UpdateShard
@@ -49,15 +50,15 @@ class PlainRanks:
     def _update(self, shard: UpdateShard) -> UpdateReport:
         sums = TermSums()
         self.micro_batches.append((len(shard.policy), len(shard.critic)))
-        for micro_batch in shard.policy:
-            batch = Tensors.of(micro_batch, CPU)
+        for sequences in shard.policy:
+            batch = Tensors.of(pack(sequences), CPU)
             self.tokens += len(batch.tokens_S)
             out = self._policy(*batch.row, batch.targets_K, torch.ones(len(batch.targets_K)))
             loss, of_policy = policy_loss(batch, out, shard.counts, self._coefficients, ALGORITHM)
             loss.backward()
             sums += of_policy
-        for micro_batch in shard.critic:
-            batch = Tensors.of(micro_batch, CPU)
+        for sequences in shard.critic:
+            batch = Tensors.of(pack(sequences), CPU)
             values_K = self._critic(*batch.row)
             loss, of_value = value_loss(
                 batch, values_K, shard.counts, self._coefficients, ALGORITHM

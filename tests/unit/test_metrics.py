@@ -99,6 +99,15 @@ REPORT = StepReport(
 )
 
 
+def test_where_old_log_probabilities_were_taken_over_the_first_update_tells_the_gap() -> None:
+    told = [(r, replace(a, logprobs_R=r.logprobs_R)) for r, a in ANNOTATED]
+    first, second = REPORT.updates
+    moved = replace(first, sums=replace(SUMS, moved=0.5))
+    report = replace(REPORT, updates=(moved, replace(second, sums=replace(SUMS, moved=3.0))))
+    row = step_row(PLAN, COEFFICIENTS, 4, ROLLOUTS, told, [], report)
+    assert row["rollout/logprob_gap"] == 0.5 / 4
+
+
 def test_the_row_of_a_step() -> None:
     sequences = [sequence([1, 2], [1, 1]), sequence([3, 6], [3, 4])]
     row = step_row(PLAN, COEFFICIENTS, 4, ROLLOUTS, ANNOTATED, sequences, REPORT)
