@@ -67,7 +67,10 @@ def run(raw: dict[str, Any], keep: Path) -> Found:
     tokens = statistics.median(
         (row["rollout/tokens"] or 0) + (row.get("sup/tokens") or 0) for row in rows
     )
-    more = {"generate alone": _engine_alone(config, seen.chunks)} if seen.chunks else {}
+    more = {}
+    if seen.chunks:  # of the last step
+        more["generate alone"] = _engine_alone(config, seen.chunks)
+        more["generate in the run"] = rows[-1]["timing_s/generate"] or 0.0
     for name in ("rollout", "learner"):
         more[f"idle {name}"] = statistics.median(row[f"perf/idle_{name}_share"] for row in rows)
     for name, what in (("rollouts", seen.rollouts), ("training sequences", seen.updates)):

@@ -36,7 +36,8 @@ def seen(
 
 
 @pytest.mark.parametrize(
-    ("nodes", "gpus"), [(1, 8), pytest.param(2, 4), pytest.param(4, 2, marks=pytest.mark.slow)]
+    ("nodes", "gpus"),
+    [(2, 4), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, 8), (4, 2)))],
 )
 def test_split_workers_share_no_gpu(tmp_path: Path, nodes: int, gpus: int) -> None:
     raw = raw_config(
