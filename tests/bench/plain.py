@@ -14,6 +14,7 @@ from pathlib import Path
 import reasoning_gym
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -35,8 +36,9 @@ class Plain:
         self.policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         self.writer = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
         self.reference = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
+        shape = AutoConfig.from_pretrained(model, num_labels=1, classifier_dropout=0.0)
         self.critic = AutoModelForTokenClassification.from_pretrained(
-            model, dtype=torch.float32, num_labels=1, classifier_dropout=0.0
+            model, config=shape, dtype=torch.float32
         )
         self.reward = AutoModelForSequenceClassification.from_pretrained(reward, dtype=dtype).eval()
         for module in (self.policy, self.critic):
