@@ -123,6 +123,8 @@ def _common(work: Work, folder: Path, threads: int) -> dict[str, Any]:
         },
         "learner": {
             "dtype": work.dtype,
+            # one learner has nothing to share out, and bf16 needs what ZeRO keeps in fp32
+            "zero_stage": 0 if work.dtype == "fp32" else 1,
             "threads": threads,
             "micro_batch_tokens": 2048,
             "lr": LR,
