@@ -187,12 +187,13 @@ def _algorithm(c: Config) -> Iterator[str]:
             "with model.lora the reference is the policy without its adapter: "
             "set reference.reset to never, and no reference.path"
         )
-    if reuses_logprobs(c) and corrects(c):
+    takes_over = algorithm.old_logprobs == "behaviour"
+    if takes_over and corrects(c):
         yield (
             "algorithm.old_logprobs behaviour leaves nothing to correct: set algorithm.correction "
             "to off"
         )
-    if reuses_logprobs(c) and critic.shared:
+    if takes_over and critic.shared:
         yield (
             "critic.shared makes the policy's pass anyway: set algorithm.old_logprobs to recompute"
         )
