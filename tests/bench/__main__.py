@@ -77,8 +77,9 @@ class Bench:
         for kind in ("own", "learner"):
             raw = own_config(work, own / kind, self.model, reward, self.threads)
             found[kind] = self.measure(work.name, kind, config=raw, keep=keep)
+        prompts = str(own / "seen.json")
         plain = {"work": asdict(work), "model": str(self.model), "reward": str(reward)}
-        found["plain"] = self.measure(work.name, "plain", **plain)
+        found["plain"] = self.measure(work.name, "plain", **plain, prompts=prompts)
         return report.iteration(work.name, found)
 
     def small(self, work: Work) -> str:

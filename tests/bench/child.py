@@ -23,7 +23,8 @@ def measured(kind: str, job: dict[str, Any]) -> Found:
     if kind == "plain":
         from tests.bench import plain
 
-        return plain.run(Work(**job["work"]), Path(job["model"]), Path(job["reward"]))
+        files = (Path(job[name]) for name in ("model", "reward", "prompts"))
+        return plain.run(Work(**job["work"]), *files)
     from tests.bench import own
 
     return (own.run if kind == "own" else own.learner)(job["config"], Path(job["keep"]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import pickle
 import resource
 import statistics
@@ -39,8 +40,9 @@ COEFFICIENTS = Coefficients(
 
 @dataclasses.dataclass
 class Seen:
-    """What went through the last step of a run."""
+    """What went through the last step of a run, and the prompts of every step, as tokens."""
 
+    prompts: list[list[list[int]]] = dataclasses.field(default_factory=list)
     chunks: Sequence[Chunk] = ()
     rollouts: Sequence[Rollout] = ()
     updates: Sequence[Sequence[TrainSequence]] = ()
@@ -64,6 +66,7 @@ def run(raw: dict[str, Any], keep: Path) -> Found:
     rows = [row for row in rows if row["timing_s/step"] is not None]
     seconds = {s: statistics.median(row[f"timing_s/{s}"] or 0.0 for row in rows) for s in STAGES}
     keep.write_bytes(pickle.dumps(seen))
+    keep.with_suffix(".json").write_text(json.dumps(seen.prompts))
     tokens = statistics.median(
         (row["rollout/tokens"] or 0) + (row.get("sup/tokens") or 0) for row in rows
     )
@@ -117,6 +120,8 @@ def _listen(seen: Seen, learners: Any, pool: Any) -> None:
 
     def submitting(chunks: Sequence[Chunk]) -> int:
         seen.chunks = chunks
+        asked = (request.prompt for chunk in chunks for request in chunk.requests)
+        seen.prompts.append([prompt.tokens_P.tolist() for prompt in asked])
         ticket: int = submit(chunks)
         return ticket
 

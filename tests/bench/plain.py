@@ -1,9 +1,11 @@
 """The same PPO iteration as a plain program: transformers' `generate`, padding, full logits, bf16
-autocast over fp32 weights, torch's fused AdamW. Nothing of ppo_dist is used.
+autocast over fp32 weights, torch's fused AdamW. Nothing of ppo_dist is used; the prompts are those
+that ours had.
 """
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
 from collections import defaultdict
@@ -11,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import reasoning_gym
 import torch
 from transformers import (
     AutoConfig,
@@ -30,7 +31,7 @@ GAMMA, LAM, CLIP, VALUE_CLIP = 1.0, 0.95, 0.2, 0.2
 class Plain:
     """Four models and two optimizers."""
 
-    def __init__(self, work: Work, model: Path, reward: Path) -> None:
+    def __init__(self, work: Work, model: Path, reward: Path, prompts: Path) -> None:
         self.work, dtype = work, DTYPES[work.dtype]
         self.tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
         self.policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
@@ -47,15 +48,7 @@ class Plain:
             torch.optim.AdamW(m.parameters(), lr=LR, betas=(0.9, 0.95), fused=True)
             for m in (self.policy, self.critic)
         ]
-        questions = reasoning_gym.create_dataset("chain_sum", size=2000, seed=1)
-        self.prompts = [
-            self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": entry["question"]}],
-                tokenize=False,
-                add_generation_prompt=True,
-            )
-            for entry in questions
-        ]
+        self.prompts: list[list[list[int]]] = json.loads(prompts.read_text())
         self.seconds: dict[str, float] = defaultdict(float)
 
     def autocast(self) -> torch.autocast:
@@ -69,9 +62,8 @@ class Plain:
 
     def iteration(self, number: int) -> int:
         """One PPO iteration; returns the number of new tokens."""
-        n = self.work.prompts
-        prompts = self.prompts[number * n : (number + 1) * n]
-        batch = self.tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
+        rows = {"input_ids": self.prompts[number]}
+        batch = self.tokenizer.pad(rows, return_tensors="pt")
         width = batch.input_ids.shape[1]
         with self.timed("generate"), torch.no_grad():
             for mine, master in zip(
@@ -161,10 +153,12 @@ class Plain:
             optimizer.zero_grad()
 
 
-def run(work: Work, model: Path, reward: Path) -> Found:
-    """Medians after a first iteration that does not count."""
+def run(work: Work, model: Path, reward: Path, prompts: Path) -> Found:
+    """Medians after a first iteration that does not count; `prompts` is a file of those of each
+    iteration, as tokens.
+    """
     torch.manual_seed(0)
-    program, rows, tokens = Plain(work, model, reward), [], []
+    program, rows, tokens = Plain(work, model, reward, prompts), [], []
     for number in range(work.iterations + 1):
         program.seconds.clear()
         with program.timed("step"):
