@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from ppo_dist.device import free_cache
+from ppo_dist.device import free_cache, multiplier
 from ppo_dist.protocols import NamedTensors
 from ppo_dist.rollout.sampling import draw, uniforms
 from ppo_dist.rollout.slots import Slots
@@ -45,6 +45,7 @@ class HfEngine:
         self._slots = slots
         self._window: int | None = getattr(lm.config, "sliding_window", None)
         self._version: int | None = 0  # the model as it was read from disk
+        self._pack_head()
 
     def load(self, version: int, weights: NamedTensors) -> None:
         """Replaces every parameter.
@@ -64,6 +65,7 @@ class HfEngine:
                 target.copy_(tensor)
         if targets:
             raise ValueError(f"version {version}: no weights for {', '.join(sorted(targets)[:3])}")
+        self._pack_head()
         self._version = version
 
     def sleep(self) -> None:
@@ -74,6 +76,11 @@ class HfEngine:
     def wake(self) -> None:
         """See RolloutEngine."""
         self._lm.to(self._device)
+        self._pack_head()
+
+    def _pack_head(self) -> None:
+        head = self._lm.get_output_embeddings()
+        self._head = multiplier(head.weight, head.bias)
 
     @torch.inference_mode()
     def generate(self, chunk: Chunk) -> list[Rollout]:
@@ -146,15 +153,14 @@ class HfEngine:
     def _step(self, cache: Slots, tokens_B: Ints) -> torch.Tensor:
         """The logits after one more token in every slot."""
         positions, mask = cache.begin()
-        out = self._lm(
+        out = self._lm.base_model(
             input_ids=torch.from_numpy(tokens_B).to(self._device)[:, None],
             attention_mask=mask,
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
         )
-        logits: torch.Tensor = out.logits[:, -1]
-        return logits
+        return self._head(out.last_hidden_state[:, -1])
 
     def _refill(
         self,
@@ -208,7 +214,7 @@ class HfEngine:
         hidden_QPD = self._read(cache, tokens_QP)
         lasts = torch.tensor([len(tokens_P) - 1 for tokens_P in rest], device=self._device)
         last_QD = hidden_QPD[torch.arange(len(rest), device=self._device), lasts]
-        return cache, self._lm.get_output_embeddings()(last_QD)
+        return cache, self._head(last_QD)
 
     def _read(self, cache: DynamicCache, tokens_QP: Ints) -> torch.Tensor:
         """The hidden states of tokens that follow those in the cache, and are in it then."""

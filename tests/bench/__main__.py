@@ -76,7 +76,8 @@ class Bench:
         found = {}
         for kind in ("own", "learner"):
             raw = own_config(work, own / kind, self.model, reward, self.threads)
-            found[kind] = self.measure(work.name, kind, config=raw, keep=keep)
+            job = {"config": raw, "keep": keep, "times": work.iterations}
+            found[kind] = self.measure(work.name, kind, **job)
         prompts = str(own / "seen.json")
         plain = {"work": asdict(work), "model": str(self.model), "reward": str(reward)}
         found["plain"] = self.measure(work.name, "plain", **plain, prompts=prompts)
@@ -94,7 +95,8 @@ class Bench:
         for kind in ("own", "learner"):
             raw = supervised_config(work, own / kind, self.model, self.threads)
             keep = str(own / "seen.pickle")
-            found[kind] = self.measure("W4", kind, config=raw, keep=keep)
+            job = {"config": raw, "keep": keep, "times": work.iterations}
+            found[kind] = self.measure(work.name, kind, **job)
         return report.supervised(found)
 
     def scaling(self) -> str:
@@ -111,15 +113,27 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="a folder")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="in all")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], help="the faster one if not given")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=10,
+        help="about so long for all five: fewer iterations, at least one each, on a slow machine",
+    )
     asked = parser.parse_args()
     if not (asked.model / "config.json").exists():
         sys.exit(f"{asked.model}: no such model folder (ppo-dist fetch smollm2-135m {asked.model})")
+    import torch
+
     from tests.bench.own import gemm
 
-    dtype = asked.dtype or max(("fp32", "bf16"), key=lambda dtype: gemm(dtype, 512))
+    torch.set_num_threads(asked.threads)
+    rates = {dtype: gemm(dtype, 1024) for dtype in ("fp32", "bf16")}
+    dtype = asked.dtype or max(rates, key=lambda dtype: rates[dtype])
     print(f"{asked.threads} threads, {dtype}", flush=True)
     bench = Bench(asked.model.resolve(), asked.out.resolve(), asked.threads)
-    w1, w2, w3, w4 = (replace(work, dtype=dtype) for work in (W1, W2, W3, W4))
+    seconds = 0.4 * 60 * asked.minutes
+    w1, w2 = (replace(w, dtype=dtype).within(seconds, rates[dtype]) for w in (W1, W2))
+    w3, w4 = (replace(w, dtype=dtype) for w in (W3, W4))
     ways: dict[str, Callable[[], str]] = {
         "W1": lambda: bench.iterations(w1),
         "W2": lambda: bench.iterations(w2),

@@ -27,7 +27,9 @@ def measured(kind: str, job: dict[str, Any]) -> Found:
         return plain.run(Work(**job["work"]), *files)
     from tests.bench import own
 
-    return (own.run if kind == "own" else own.learner)(job["config"], Path(job["keep"]))
+    if kind == "own":
+        return own.run(job["config"], Path(job["keep"]))
+    return own.learner(job["config"], Path(job["keep"]), job["times"])
 
 
 if __name__ == "__main__":

@@ -143,7 +143,7 @@ def _engine_alone(config: Config, chunks: Sequence[Chunk]) -> float:
     return timed(lambda: [made.generate(chunk) for chunk in first], 2)
 
 
-def learner(raw: dict[str, Any], keep: Path) -> Found:
+def learner(raw: dict[str, Any], keep: Path, times: int) -> Found:
     """A learner alone, on what a run learned from, and the bare forward and backward passes of the
     same micro-batches; its memory beside the sum of its parts.
     """
@@ -152,11 +152,11 @@ def learner(raw: dict[str, Any], keep: Path) -> Found:
     before = psutil.Process().memory_info().rss
     with build.learners(config, str(config.model.path), None) as group:
         annotate = timed(lambda: group.annotate(seen.rollouts), 1) if seen.rollouts else 0.0
-        update = timed(lambda: group.update(seen.updates, COEFFICIENTS), 2)
+        update = timed(lambda: group.update(seen.updates, COEFFICIENTS), times)
         used = peak() - before
     models = 2 if seen.rollouts else 1  # without rollouts no critic learns
     batches = packed(seen.updates, config.learner.micro_batch_tokens)
-    alone, saved = bare(config, batches, models)
+    alone, saved = bare(config, batches, models, times)
     tokens = sum(len(s.tokens_T) for sequences in seen.updates for s in sequences)
     seconds = {"annotate": annotate, "update": update, "bare": alone}
     more = {
@@ -218,7 +218,9 @@ def packed(updates: Sequence[Sequence[TrainSequence]], budget: int) -> list[Micr
     return made
 
 
-def bare(config: Config, micro_batches: Sequence[MicroBatch], models: int) -> tuple[float, int]:
+def bare(
+    config: Config, micro_batches: Sequence[MicroBatch], models: int, times: int
+) -> tuple[float, int]:
     """Seconds of forward and backward of all micro-batches by the policy, and by the critic where
     there are two models, without optimizer; and the bytes that autograd keeps of the largest.
     """
@@ -235,7 +237,7 @@ def bare(config: Config, micro_batches: Sequence[MicroBatch], models: int) -> tu
             if models == 2:
                 critic(*batch.row).square().sum().backward()
 
-    seconds = timed(both, 2)
+    seconds = timed(both, times)
     largest = max(range(len(batches)), key=lambda n: len(batches[n].tokens_S))
     kept: dict[int, int] = {}
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 
 @dataclass(frozen=True)
 class Work:
-    """One iteration, several times after one that does not count.
+    """One iteration, several times after a small one that does not count.
 
     Example: Work(name="W1", prompts=32, responses=1, max_new_tokens=48, iterations=3)
     """
@@ -28,6 +28,14 @@ class Work:
         """Responses of an iteration."""
         return self.prompts * self.responses
 
+    def within(self, seconds: float, gflops: float) -> Work:
+        """With as many iterations, at least one and at most its own number, as all contenders
+        should have done in that time on a machine of this matrix rate.
+        """
+        tokens = self.sequences * (PROMPT_TOKENS + 0.7 * self.max_new_tokens)
+        own = 12 * PARAMETERS * tokens / (0.55 * gflops * 1e9)
+        return replace(self, iterations=max(1, min(self.iterations, int(seconds / (5 * own)))))
+
 
 W1 = Work("W1", prompts=32, responses=1, max_new_tokens=48, iterations=3)
 # a quarter of the prompts that the peers were measured with: their way of padding takes minutes
@@ -36,6 +44,8 @@ W3 = Work("W3", prompts=256, responses=1, max_new_tokens=16, iterations=12)
 W4 = Work("W4", prompts=0, responses=1, max_new_tokens=1, iterations=3)
 KL = 0.05  # its coefficient in the reward
 LR = 1e-6
+WARM_UP = 8  # prompts of the iteration that does not count
+PARAMETERS, PROMPT_TOKENS = 135e6, 70  # of SmolLM2 and of a sum as a chat, to guess a time
 
 
 @dataclass(frozen=True)
@@ -65,20 +75,23 @@ def sums(size: int, seed: int) -> dict[str, Any]:
 
 def own_config(work: Work, folder: Path, model: Path, reward: Path, threads: int) -> dict[str, Any]:
     """W1 or W2 as a config of ours: everything in one process, as the plain program is."""
+    prompts = {"kind": "piecewise", "values": [[0, min(WARM_UP, work.prompts)], [1, work.prompts]]}
     judge = {"kind": "model", "path": str(reward), "dtype": work.dtype, "threads": threads}
     return {
         **_common(work, folder, threads),
         "model": {"path": str(model)},
         "data": {"verifiable": sums(2000, 1), "chat": True},
         "reward": {"verifiable": judge},
-        "mix": {"schedule": 0.0, "prompts": work.prompts, "labelled_batch": 0},
+        "mix": {"schedule": 0.0, "prompts": prompts, "labelled_batch": 0},
         "algorithm": {"minibatches": work.minibatches, "kl": KL},
         "cluster": {"kind": "local"},
     }
 
 
 def small_config(work: Work, folder: Path) -> dict[str, Any]:
-    """W3: the quick start's model, Ray, one learner and one rollout worker of a thread each."""
+    """W3: the quick start's model, Ray, two learners and a rollout worker of a thread each: the
+    latter writes for a fifth of the time, so that three processes keep two cores busy.
+    """
     words = {
         "kind": "reasoning_gym",
         "task": "spell_backward",
@@ -97,6 +110,8 @@ def small_config(work: Work, folder: Path) -> dict[str, Any]:
         "mix": {"schedule": 0.1, "prompts": work.prompts, "labelled_batch": 32},
         "algorithm": {"minibatches": work.minibatches},
         "stream": {"max_lag": 1},
+        "learner": {**raw["learner"], "workers": 2, "zero_stage": 0},
+        "cluster": {"cpus": 3},
     }
 
 

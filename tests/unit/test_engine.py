@@ -107,7 +107,7 @@ def test_a_sequence_that_ends_makes_room_for_the_next(tiny_model: Path, slots: i
     whole = generate(tiny_model, temperature=1.5, group=2, size=64)
     worker = engine(tiny_model, slots)
     rows: list[int] = []
-    worker._lm.register_forward_pre_hook(
+    worker._lm.base_model.register_forward_pre_hook(
         lambda lm, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
     )
     (chunk,) = chunks(prompts(), 2, 64, 4, 0, Sampling(1.5, 12, 0, "train"))
