@@ -44,7 +44,7 @@ W3 = Work("W3", prompts=256, responses=1, max_new_tokens=16, iterations=12)
 W4 = Work("W4", prompts=0, responses=1, max_new_tokens=1, iterations=3)
 KL = 0.05  # its coefficient in the reward
 LR = 1e-6
-WARM_UP = 8  # prompts of the iteration that does not count
+WARM_UP = 4  # one in so many prompts is in the iteration that does not count
 PARAMETERS, PROMPT_TOKENS = 135e6, 70  # of SmolLM2 and of a sum as a chat, to guess a time
 
 
@@ -75,7 +75,7 @@ def sums(size: int, seed: int) -> dict[str, Any]:
 
 def own_config(work: Work, folder: Path, model: Path, reward: Path, threads: int) -> dict[str, Any]:
     """W1 or W2 as a config of ours: everything in one process, as the plain program is."""
-    prompts = {"kind": "piecewise", "values": [[0, min(WARM_UP, work.prompts)], [1, work.prompts]]}
+    prompts = {"kind": "piecewise", "values": [[0, work.prompts // WARM_UP], [1, work.prompts]]}
     judge = {"kind": "model", "path": str(reward), "dtype": work.dtype, "threads": threads}
     return {
         **_common(work, folder, threads),
