@@ -98,7 +98,7 @@ class RemoteScores:
             try:
                 return await self._once(session, request)
             except NoAnswer as failure:
-                if not failure.again:
+                if not failure.again or self._section.attempts == 1:
                     raise
                 if attempt == self._section.attempts:
                     raise NoAnswer(f"{failure}, asked {attempt} times") from None
