@@ -31,6 +31,7 @@ def dry_run(config: Config, console: Console) -> None:
     from ppo_dist.journey import encode
 
     rows = build.check(config)
+    build.check_servers(config)
     with tempfile.TemporaryDirectory() as scratch:
         here = config.model_copy(update={"run": config.run.model_copy(update={"dir": scratch})})
         model_path = build.model_folder(here, rows)
@@ -94,12 +95,17 @@ def evaluate(config: Config, policy: str | None, console: Console) -> None:
     config = build.located(config)
     path = build.absolute(path)
     encoded = encode(config, build.check(config), path)
+    build.check_servers(config)
     sets = {"held_out": encoded.held_out, "test": encoded.test}
     row: Row = {}
     with build.cluster(config), build.rollout_pool(config, path) as (pool, reward):
         for name, examples in sets.items():
             if examples:
-                row |= Evaluator(config, name, examples, pool, reward, None)(version=0)[0]
+                evaluator = Evaluator(config, name, examples, pool, reward, None)
+                made, _, dropped = evaluator(version=0)
+                row |= made
+                if dropped:
+                    console.print(f"{name}: {len(dropped)} have no reward: {dropped[0].reason}")
     table = Table("metric", "")
     for name, value in row.items():
         if value is not None:

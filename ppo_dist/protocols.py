@@ -14,6 +14,7 @@ from ppo_dist.reports import Coefficients, StepReport
 from ppo_dist.types import (
     Annotation,
     Chunk,
+    Dropped,
     LabelledExample,
     MixPlan,
     Rollout,
@@ -49,8 +50,8 @@ class RolloutEngine(Protocol):
 class RewardSource(Protocol):
     """Judges responses."""
 
-    def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
-        """One score per rollout, in order."""
+    def score(self, rollouts: Sequence[Rollout]) -> Sequence[Score | Dropped]:
+        """One score per rollout, in order, or why there is none."""
 
 
 class MixSchedule(Protocol):

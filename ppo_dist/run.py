@@ -57,6 +57,7 @@ def train(config: Config, resume: bool | Path, console: Console) -> int:
         )
         return 0
     rows = build.check(config)
+    build.check_servers(config)
     checkpoint, state, saved = _starting_point(config, folder, resume, console)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(dump(config), encoding="utf-8")

@@ -179,6 +179,16 @@ class Score:
         return self.value >= 1 - 1e-9
 
 
+@dataclass(frozen=True)
+class Dropped:
+    """In place of a score: why there is none. The response then counts nowhere.
+
+    Example: Dropped(reason="reward server https://…: no answer within 30 s, asked 4 times")
+    """
+
+    reason: str
+
+
 @dataclass(frozen=True, eq=False)
 class Scored:
     """A rollout with its score.

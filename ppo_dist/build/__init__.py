@@ -5,7 +5,7 @@ rest.
 """
 
 from ppo_dist.build.data import Rows, absolute, check, check_model, located, model_folder
-from ppo_dist.build.parts import advantage_estimator, gate, reward_source
+from ppo_dist.build.parts import advantage_estimator, check_servers, gate, reward_source
 from ppo_dist.build.workers import cluster, connected, learners, rollout_pool, workers
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "advantage_estimator",
     "check",
     "check_model",
+    "check_servers",
     "cluster",
     "connected",
     "gate",

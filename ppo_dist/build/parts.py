@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
-from ppo_dist.config import ORIGINS, Config
+from ppo_dist.config import ORIGINS, Config, InputError, RunError, remote_rewards
 from ppo_dist.config.algorithm import AnyAdvantage, Gae, GroupMean, ReinforcePlusPlus, Rloo
 from ppo_dist.config.reward import (
     AnyReward,
@@ -16,6 +16,7 @@ from ppo_dist.config.reward import (
     ModelReward,
     NumericReward,
     RegexReward,
+    RemoteReward,
     VoteReward,
     WeightedReward,
 )
@@ -68,10 +69,29 @@ def _reward(
             judge = gym(section)
         case ModelReward():
             return models and models(section)
+        case RemoteReward():
+            from ppo_dist.rewards.remote import RemoteScores
+
+            return RemoteScores(section)
         case WeightedReward():
             parts = [(p.weight, _reward(p.reward, on_error, models)) for p in section.parts]
             return WeightedSum([(weight, part) for weight, part in parts if part is not None])
     return Judged(judge, section.kind, on_error)
+
+
+def check_servers(config: Config) -> None:
+    """Asks every reward server whether it can be used.
+
+    Raises:
+        InputError: one cannot; names the key.
+    """
+    for key, section in remote_rewards(config):
+        from ppo_dist.rewards.remote import probe
+
+        try:
+            probe(section)
+        except (InputError, RunError) as error:
+            raise InputError(f"{key}: {error}") from None
 
 
 def gate(section: AnyGate) -> Gate:

@@ -13,6 +13,7 @@ from ppo_dist.config.base import ORIGINS, InputError, Origin, RunError, Section
 from ppo_dist.config.combinations import (
     corrects,
     impossible,
+    remote_rewards,
     reuses_logprobs,
     reward_models,
     sees_answer,
@@ -39,6 +40,7 @@ __all__ = [
     "RunError",
     "Section",
     "corrects",
+    "remote_rewards",
     "reuses_logprobs",
     "reward_models",
     "sees_answer",

@@ -12,6 +12,7 @@ from ppo_dist.config.reward import (
     FunctionReward,
     ModelReward,
     RegexReward,
+    RemoteReward,
     VoteReward,
     WeightedReward,
 )
@@ -34,22 +35,34 @@ def sees_answer(reward: Section) -> bool:
     """Whether a reward compares with an answer or asks a checker."""
     if isinstance(reward, WeightedReward):
         return any(sees_answer(part.reward) for part in reward.parts)
-    if isinstance(reward, FunctionReward):
+    if isinstance(reward, (FunctionReward, RemoteReward)):
         return reward.needs_answer
     return not isinstance(reward, (RegexReward, VoteReward, ModelReward))
 
 
 def reward_models(config: Config) -> list[ModelReward]:
     """Every reward model that a run asks, once."""
-    found: list[ModelReward] = []
-    waiting = [_of(config.reward, origin) for origin in ORIGINS]
+    found = [section for _, section in _rewards(config) if isinstance(section, ModelReward)]
+    return list(dict.fromkeys(found))
+
+
+def remote_rewards(config: Config) -> list[tuple[str, RemoteReward]]:
+    """Every reward that a run asks a server for, with its key."""
+    return [
+        (key, section) for key, section in _rewards(config) if isinstance(section, RemoteReward)
+    ]
+
+
+def _rewards(config: Config) -> Iterator[tuple[str, Section]]:
+    """All rewards of a config with their keys, sums taken apart."""
+    waiting = [(f"reward.{origin}", _of(config.reward, origin)) for origin in ORIGINS]
     while waiting:
-        section = waiting.pop(0)
+        key, section = waiting.pop(0)
         if isinstance(section, WeightedReward):
-            waiting += [part.reward for part in section.parts]
-        elif isinstance(section, ModelReward) and section not in found:
-            found.append(section)
-    return found
+            parts = enumerate(section.parts)
+            waiting += [(f"{key}.parts.{i}.reward", part.reward) for i, part in parts]
+        elif section is not None:
+            yield key, section
 
 
 def votes(reward: Section | None) -> bool:
@@ -140,8 +153,8 @@ def _unlabelled(c: Config) -> Iterator[str]:
     reward, semi = c.reward.unlabelled, c.semi
     if reward is not None and sees_answer(reward):
         yield (
-            "reward.unlabelled must not see an answer: only vote, regex, model, a function without"
-            " needs_answer, or sums of these, are allowed"
+            "reward.unlabelled must not see an answer: only vote, regex, model, a function or a"
+            " remote without needs_answer, or sums of these, are allowed"
         )
     gated = not isinstance(semi.gate, AllGate)
     if semi.pseudo is not None and _mu_peak(c) == 0:

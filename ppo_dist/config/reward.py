@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from ppo_dist.config.base import Section, bare_kind
 
@@ -115,6 +116,74 @@ class ModelReward(Section):
     cpus: float = Field(1, ge=0, description="CPUs that a worker reserves in the cluster")
 
 
+class RemoteReward(Section):
+    """The number that a server gives to prompt, response and answer, over HTTP. What is sent and
+    what must come back stands in ppo_dist/rewards/remote.py.
+
+    A step waits at most ⌈batches / concurrency⌉ · (attempts · timeout_s + (attempts − 1) ·
+    max_pause_s) for it.
+    """
+
+    kind: Literal["remote"]
+    url: str = Field(
+        description="where requests are posted to; it is logged, so no secret is in it"
+    )
+    needs_answer: bool = Field(True, description="send the answers, too; false: none leaves")
+    batch: int = Field(16, ge=1, description="responses in a request")
+    concurrency: int = Field(8, ge=1, description="requests under way at a time")
+    timeout_s: float = Field(30.0, gt=0, description="for a request, from connecting to its end")
+    attempts: int = Field(
+        4, ge=1, le=20, description="how often a request is made before it failed"
+    )
+    backoff_s: float = Field(
+        0.5,
+        ge=0,
+        description="longest pause before the second attempt; then twice as long each time",
+    )
+    max_pause_s: float = Field(
+        30.0, ge=0, description="no pause is longer, whatever the server asks for (Retry-After)"
+    )
+    max_response_bytes: int = Field(1_000_000, ge=1, description="a longer answer is refused")
+    on_failure: Literal["fail", "drop"] = Field(
+        "fail",
+        description="without an answer: end the run, which can be resumed; or leave the responses "
+        "out, so that they count nowhere but in reward/dropped",
+    )
+    token_env: str | None = Field(
+        None, min_length=1, description="environment variable that holds a bearer token"
+    )
+    ca_file: str | None = Field(
+        None, description="PEM file of the authorities to trust, in place of the system's"
+    )
+
+    @field_validator("url")
+    @classmethod
+    def _is_whole(cls, url: str) -> str:
+        try:
+            parts = urlsplit(url)
+            is_whole = bool(
+                url.startswith(("http://", "https://")) and parts.hostname and parts.port != 0
+            )
+        except ValueError:  # its message would repeat what may be a password
+            is_whole = False
+        if not is_whole or any(map(str.isspace, url)):
+            raise ValueError("must be an address such as https://judge.example:8000/score")
+        if "@" in parts.netloc:
+            raise ValueError("must hold no user or password: it is logged. See token_env")
+        return url
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> RemoteReward:
+        if self.url.startswith("https:"):
+            return self
+        if self.ca_file is not None:
+            raise ValueError("ca_file has no effect on http: url must begin with https")
+        is_here = urlsplit(self.url).hostname in ("localhost", "127.0.0.1", "::1")
+        if self.token_env is not None and not is_here:
+            raise ValueError("token_env would be read on its way: url must begin with https")
+        return self
+
+
 class WeightedReward(Section):
     """Sum of `weight · reward` over `parts`."""
 
@@ -132,6 +201,7 @@ AnyReward = Annotated[
         | GymReward
         | FunctionReward
         | ModelReward
+        | RemoteReward
         | WeightedReward,
         Field(discriminator="kind"),
     ],

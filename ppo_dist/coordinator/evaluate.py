@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ppo_dist.config import Config
+from ppo_dist.config import Config, remote_rewards
+from ppo_dist.coordinator.judge import judged
 from ppo_dist.data.chunks import chunks
 from ppo_dist.protocols import LearnerGroup, RewardSource, RolloutPool
 from ppo_dist.tracking.metrics import Row, evaluation_row
-from ppo_dist.types import LabelledExample, Sampling, Scored
+from ppo_dist.types import Dropped, LabelledExample, Sampling, Scored
 
 # the same random numbers every time: between two evaluations only the policy differs
 EVALUATION_STEP = 0
+# where more of the responses have no reward none counts: best policy, schedules and guard must not
+# follow what is left
+MAX_DROPPED = 0.1
 
 
 class Evaluator:
@@ -33,16 +37,18 @@ class Evaluator:
         self._pool, self._reward, self._learners = pool, reward, learners
         self._examples = examples[: config.eval.max_prompts]
 
-    def __call__(self, version: int) -> tuple[Row, list[Scored]]:
-        """Metrics, and the scored greedy responses, of a version that the pool has loaded and that
-        is the learners' own.
+    def __call__(self, version: int) -> tuple[Row, list[Scored], list[Dropped]]:
+        """Metrics, the scored greedy responses, and why others have no score, of a version that the
+        pool has loaded and that is the learners' own.
         """
-        greedy = self._responses(version, temperature=0.0, count=1, stream="eval-greedy")
+        greedy, dropped = self._responses(version, temperature=0.0, count=1, stream="eval-greedy")
         temperature, count = self._config.rollout.temperature, self._config.eval.samples
-        sampled = (
-            self._responses(version, temperature, count, stream="eval-sampled") if count else []
-        )
-        return evaluation_row(self._name, greedy, sampled, self._nll()), greedy
+        sampled: list[Scored] = []
+        if count:
+            sampled, more = self._responses(version, temperature, count, stream="eval-sampled")
+            dropped += more
+        lost = float(len(dropped)) if remote_rewards(self._config) else None
+        return evaluation_row(self._name, greedy, sampled, self._nll(), lost), greedy, dropped
 
     def _nll(self) -> float | None:
         """Mean negative log-likelihood of the labelled responses' tokens, in nats."""
@@ -52,7 +58,9 @@ class Evaluator:
         tokens = sum(len(a.logprobs_R) for a in annotations)
         return -sum(float(a.logprobs_R.sum()) for a in annotations) / tokens
 
-    def _responses(self, version: int, temperature: float, count: int, stream: str) -> list[Scored]:
+    def _responses(
+        self, version: int, temperature: float, count: int, stream: str
+    ) -> tuple[list[Scored], list[Dropped]]:
         rollout, evaluation = self._config.rollout, self._config.eval
         sampling = Sampling(
             temperature,
@@ -64,5 +72,6 @@ class Evaluator:
         )
         prompts = [example.prompt for example in self._examples]
         work = chunks(prompts, count, rollout.chunk, EVALUATION_STEP, version, sampling)
-        rollouts = self._pool.collect(self._pool.submit(work))
-        return [Scored(r, s) for r, s in zip(rollouts, self._reward.score(rollouts), strict=True)]
+        scored, dropped = judged(self._reward, self._pool.collect(self._pool.submit(work)))
+        too_few = len(dropped) > MAX_DROPPED * (len(scored) + len(dropped))
+        return [] if too_few else scored, dropped

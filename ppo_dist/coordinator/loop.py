@@ -13,11 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ppo_dist.config import Config, RunError
+from ppo_dist.config import Config, RunError, remote_rewards
 from ppo_dist.config.algorithm import KlInLoss
 from ppo_dist.coordinator.ahead import Ahead
 from ppo_dist.coordinator.evaluate import Evaluator
 from ppo_dist.coordinator.experience import Experience, supervised, updates
+from ppo_dist.coordinator.judge import judged
 from ppo_dist.coordinator.state import Checkpoints, RunState
 from ppo_dist.coordinator.stream import Stream
 from ppo_dist.coordinator.unlabelled import Unlabelled
@@ -168,13 +169,11 @@ class Loop:
         coefficients = self._coefficients(plan)
         rollouts = self._generate(watch)
         with watch("score"):
-            scored = [
-                Scored(r, s) for r, s in zip(rollouts, parts.reward.score(rollouts), strict=True)
-            ]
+            scored, dropped = judged(parts.reward, rollouts)
             admitted = memory.unlabelled.admit(step, scored)
-        judged = [s.rollout for s in admitted]
+        kept = [s.rollout for s in admitted]
         with watch("annotate"):
-            annotations = parts.learners.annotate(judged) if judged else []
+            annotations = parts.learners.annotate(kept) if kept else []
         sequences = memory.experience(admitted, annotations, coefficients.policy > 0)
         work = updates(
             sequences, lambda: self._supervised(plan), config.algorithm, config.run.seed, step
@@ -182,9 +181,12 @@ class Loop:
         with watch("update"):
             report = parts.learners.update(work, coefficients)
         parts.tracker.table(step + 1, [sample(s) for s in scored[: config.tracking.samples]])
-        annotated = list(zip(judged, annotations, strict=True))
+        annotated = list(zip(kept, annotations, strict=True))
         row = step_row(plan, coefficients, self.state.version, scored, annotated, sequences, report)
         row["rollout/dropped"] = float(memory.ahead.dropped)
+        if rollouts and remote_rewards(config):
+            row["reward/dropped"] = float(len(dropped))
+        self.watch.dropped(step + 1, dropped)
         skipped = self.watch.updates(step + 1, work, coefficients, report, self.state.skipped)
         self.state = replace(self.state, skipped=skipped)
         return row | memory.experience.metrics | memory.unlabelled.metrics, report.busy_s
@@ -257,7 +259,8 @@ class Loop:
     def _evaluated(self, evaluator: Evaluator, watch: Stopwatch) -> Row:
         self._load(watch)
         with watch("evaluate"):
-            row, greedy = evaluator(self.state.version)
+            row, greedy, dropped = evaluator(self.state.version)
+        self.watch.dropped(self.state.step, dropped)
         samples = [sample(s) for s in greedy[: self._config.tracking.samples]]
         self._parts.tracker.table(self.state.step, samples)
         return row

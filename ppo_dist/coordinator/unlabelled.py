@@ -15,7 +15,7 @@ from ppo_dist.semi.gate import by_prompt, is_unlabelled
 from ppo_dist.semi.pseudo import PseudoBuffer
 from ppo_dist.semi.schedule import value_at
 from ppo_dist.tracking.metrics import Row, mean
-from ppo_dist.types import Prompt, Scored, TrainSequence
+from ppo_dist.types import Prompt, Score, Scored, TrainSequence
 
 
 class Probe:
@@ -30,7 +30,7 @@ class Probe:
         truth = self._reward.score(
             [replace(s.rollout, prompt=self._prompts[s.rollout.prompt.uid]) for s in probed]
         )
-        pairs = list(zip(probed, truth, strict=True))
+        pairs = [(g, t) for g, t in zip(probed, truth, strict=True) if isinstance(t, Score)]
         labels: dict[str, bool] = {}  # by prompt: is a response that agrees with the vote right?
         for given, true in pairs:
             ballot = given.score.ballot

@@ -18,7 +18,7 @@ from ppo_dist.protocols import Tracker
 from ppo_dist.reports import Coefficients, StepReport
 from ppo_dist.semi.guard import Guard
 from ppo_dist.tracking.metrics import Row
-from ppo_dist.types import TrainSequence
+from ppo_dist.types import Dropped, TrainSequence
 
 SKIPPED = "skipped"
 
@@ -64,6 +64,12 @@ class Watch:
                 f"look at it with: ppo-dist replay {path}",
             )
         return in_a_row
+
+    def dropped(self, step: int, dropped: Sequence[Dropped]) -> None:
+        """Tells of responses that have no score."""
+        if dropped:
+            title = "responses without a reward were dropped"
+            self._tracker.alert(step, title, f"{len(dropped)}: {dropped[0].reason}")
 
     def row(self, step: int, row: Row) -> None:
         """Compares what generated with what learns, where both are of one version, and asks the

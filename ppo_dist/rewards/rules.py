@@ -15,7 +15,7 @@ from ppo_dist.config.reward import ExactReward, FunctionReward, NumericReward, R
 from ppo_dist.protocols import RewardSource
 from ppo_dist.rewards.extract import extractor, is_same_mathematics
 from ppo_dist.rewards.user import load_function
-from ppo_dist.types import Rollout, Score
+from ppo_dist.types import Dropped, Rollout, Score
 
 OnError = Literal["error", "zero"]
 Judge = Callable[[Rollout], float]
@@ -126,20 +126,23 @@ class WeightedSum:
     def __init__(self, parts: Sequence[tuple[float, RewardSource]]) -> None:
         self._parts = parts
 
-    def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
+    def score(self, rollouts: Sequence[Rollout]) -> list[Score | Dropped]:
         """See RewardSource. The source names all parts; the first part's fault and vote stand for
-        all.
+        all. Without one of the parts there is no sum.
         """
         columns = [part.score(rollouts) for _, part in self._parts]
         return [self._sum(row) for row in zip(*columns, strict=True)]
 
-    def _sum(self, row: tuple[Score, ...]) -> Score:
+    def _sum(self, row: tuple[Score | Dropped, ...]) -> Score | Dropped:
+        scores = [score for score in row if isinstance(score, Score)]
+        if len(scores) < len(row):
+            return next(score for score in row if isinstance(score, Dropped))
         value = math.fsum(
-            weight * score.value for (weight, _), score in zip(self._parts, row, strict=True)
+            weight * score.value for (weight, _), score in zip(self._parts, scores, strict=True)
         )
-        fault = next((score.fault for score in row if score.fault), None)
-        ballot = next((score.ballot for score in row if score.ballot), None)
-        return Score(value, "+".join(score.source for score in row), fault, ballot)
+        fault = next((score.fault for score in scores if score.fault), None)
+        ballot = next((score.ballot for score in scores if score.ballot), None)
+        return Score(value, "+".join(score.source for score in scores), fault, ballot)
 
 
 class ByOrigin:
@@ -148,9 +151,9 @@ class ByOrigin:
     def __init__(self, sources: Mapping[Origin, RewardSource]) -> None:
         self._sources = sources
 
-    def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
+    def score(self, rollouts: Sequence[Rollout]) -> list[Score | Dropped]:
         """See RewardSource."""
-        scores: dict[int, Score] = {}
+        scores: dict[int, Score | Dropped] = {}
         for origin, source in self._sources.items():
             members = [i for i, rollout in enumerate(rollouts) if rollout.prompt.origin == origin]
             scores.update(zip(members, source.score([rollouts[i] for i in members]), strict=True))

@@ -18,7 +18,7 @@ from ppo_dist.reports import Coefficients, StepReport, TermSums
 from ppo_dist.types import Annotation, MixPlan, Rollout, Scored, TrainSequence
 
 Row = dict[str, float | None]
-EVALUATED = ("accuracy", "reward", "sampled_accuracy", "nll")
+EVALUATED = ("accuracy", "reward", "sampled_accuracy", "nll", "dropped")
 STAGES = ("generate", "score", "annotate", "update", "publish", "evaluate", "save", "step")
 IDLE = ("idle_rollout", "idle_learner")
 
@@ -42,7 +42,7 @@ class Stopwatch:
 def keys(config: Config) -> list[str]:
     """Every key that a row of this run has."""
     names = [f"reward/{origin}/mean" for origin in ORIGINS if uses(config, origin)]
-    names += ["reward/faults", "objective/kl_coef", "objective/advantage_std"]
+    names += ["reward/faults", "reward/dropped", "objective/kl_coef", "objective/advantage_std"]
     if config.reference is not None:
         names.append("objective/kl")
     names += [
@@ -167,16 +167,21 @@ def timings(seconds: Mapping[str, float], row: Row, busy: Busy) -> Row:
 
 
 def evaluation_row(
-    name: str, greedy: Sequence[Scored], sampled: Sequence[Scored], nll: float | None
+    name: str,
+    greedy: Sequence[Scored],
+    sampled: Sequence[Scored],
+    nll: float | None,
+    dropped: float | None = None,
 ) -> Row:
     """Accuracy is the share of responses with a reward of at least 1; `nll` that of the labelled
-    responses, per token.
+    responses, per token; `dropped` counts responses without a reward.
     """
     numbers = (
         mean([s.score.is_right for s in greedy]),
         mean([s.score.value for s in greedy]),
         mean([s.score.is_right for s in sampled]),
         nll,
+        dropped,
     )
     return {f"eval/{name}/{key}": number for key, number in zip(EVALUATED, numbers, strict=True)}
 

@@ -35,7 +35,7 @@ from ppo_dist.protocols import (
     WeightSender,
 )
 from ppo_dist.reports import Coefficients
-from ppo_dist.types import Chunk, Rollout, Scored, TrainSequence, Weights
+from ppo_dist.types import Chunk, Dropped, Rollout, Score, Scored, TrainSequence, Weights
 
 
 def check_rollout_engine(
@@ -79,14 +79,18 @@ def check_reward_source(
     source: RewardSource, rollouts: Sequence[Rollout], rounding: float = 0.0
 ) -> None:
     """One finite score per rollout, in order, the same (but for `rounding`, where a model computes
-    it) whatever stands beside it.
+    it) whatever stands beside it; or a reason why there is none.
     """
     scores = source.score(rollouts)
     assert len(scores) == len(rollouts)
-    assert all(math.isfinite(score.value) and score.source for score in scores)
     assert source.score([]) == []
     backwards = source.score(list(reversed(rollouts)))
     for score, again in zip(scores, reversed(backwards), strict=True):
+        if isinstance(score, Dropped):
+            assert score.reason and again == score
+            continue
+        assert math.isfinite(score.value) and score.source
+        assert isinstance(again, Score)
         assert math.isclose(score.value, again.value, rel_tol=rounding, abs_tol=rounding)
         assert replace(again, value=score.value) == score
 

@@ -17,7 +17,7 @@ from ppo_dist.coordinator.loop import Loop, Memory, Parts
 from ppo_dist.coordinator.state import Checkpoints, RunState, read_state
 from ppo_dist.coordinator.stream import Stream
 from ppo_dist.coordinator.unlabelled import Unlabelled
-from ppo_dist.protocols import RolloutPool
+from ppo_dist.protocols import RewardSource, RolloutPool
 from ppo_dist.semi.guard import Guard
 from ppo_dist.semi.pseudo import PseudoBuffer
 from ppo_dist.semi.schedule import Scheduled
@@ -36,7 +36,7 @@ def prompts(origin: Any, count: int) -> list[Prompt]:
 
 
 class Rig:
-    """A loop over fakes, or over another pool and other learners."""
+    """A loop over fakes, or over another pool, other learners, another judge."""
 
     def __init__(
         self,
@@ -44,6 +44,7 @@ class Rig:
         resume: bool = False,
         pool: RolloutPool | None = None,
         learners: FakeLearners | None = None,
+        judge: RewardSource | None = None,
         **sections: Any,
     ) -> None:
         self.config = Config.model_validate(raw_config(folder, **sections))
@@ -53,7 +54,7 @@ class Rig:
         examples = [LabelledExample(p, "x", np.array([3, 1])) for p in labelled]
         by_origin = {o: prompts(o, n) for o, n in (("verifiable", 11), ("unlabelled", 7))}
         stream = Stream({"labelled": labelled, **by_origin}, examples, self.config.run.seed)
-        reward = FakeReward()
+        reward = judge or FakeReward()
         held_out = Evaluator(
             self.config, "held_out", examples[:3], self.pool, reward, self.learners
         )

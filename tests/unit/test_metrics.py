@@ -205,12 +205,13 @@ def test_explained_variance(
 
 def test_evaluation() -> None:
     greedy = [scored("labelled", r, 1) for r in (1.0, 0.5, 1.5, 0.0)]
-    row = evaluation_row("test", greedy, [scored("labelled", 1.0, 1)], nll=0.25)
+    row = evaluation_row("test", greedy, [scored("labelled", 1.0, 1)], nll=0.25, dropped=2.0)
     assert row == {
         "eval/test/accuracy": 0.5,
         "eval/test/reward": 0.75,
         "eval/test/sampled_accuracy": 1.0,
         "eval/test/nll": 0.25,
+        "eval/test/dropped": 2.0,
     }
     assert evaluation_row("test", greedy, [], None)["eval/test/sampled_accuracy"] is None
 
@@ -269,7 +270,8 @@ def test_keys_name_everything_that_a_run_tells() -> None:
     told = step_row(PLAN, COEFFICIENTS, 4, ROLLOUTS, ANNOTATED, [], REPORT)
     told |= timings(Stopwatch().seconds, told, NOTHING) | evaluation_row("held_out", [], [], None)
     told["objective/kl_coef"] = 0.1  # the loop knows it, and what the guard says
-    told |= {"guard/gap": None, "guard/action": 0.0, "rollout/dropped": 0.0}
+    told |= {"guard/gap": None, "guard/action": 0.0}
+    told |= {"rollout/dropped": 0.0, "reward/dropped": None}
     named = keys(config("labelled", "verifiable", "unlabelled", held_out=True))
     votes = {f"pseudo/{k}" for k in ("vote_share", "vote_margin", "vote_entropy", "abstain_rate")}
     assert len(named) == len(set(named))

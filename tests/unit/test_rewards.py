@@ -31,7 +31,7 @@ from ppo_dist.rewards.extract import (
 from ppo_dist.rewards.gym import gym
 from ppo_dist.rewards.rules import ByOrigin, Judged, WeightedSum, exact, numeric, regex
 from ppo_dist.rewards.user import load_function
-from ppo_dist.types import Checker, Prompt, Rollout, Score
+from ppo_dist.types import Checker, Dropped, Prompt, Rollout, Score
 
 
 def rollout(
@@ -222,6 +222,16 @@ def test_weighted_sum() -> None:
     assert [s.value for s in scores] == pytest.approx([0.2 - 1.0, -1.5])
     assert {s.source for s in scores} == {"inverse+length"}
     assert [s.fault for s in scores] == [None, "ZeroDivisionError: division by zero"]
+
+
+def test_without_one_of_its_parts_there_is_no_sum() -> None:
+    class Away:
+        def score(self, rollouts: list[Rollout]) -> list[Score | Dropped]:
+            return [Dropped("away") if r.text == "b" else Score(1.0, "there") for r in rollouts]
+
+    length = Judged(lambda r: len(r.text), "length", "zero")
+    found = WeightedSum([(1.0, length), (2.0, Away())]).score([rollout("aa"), rollout("b")])
+    assert found == [Score(4.0, "length+there"), Dropped("away")]
 
 
 def test_by_origin_keeps_the_order() -> None:
