@@ -169,7 +169,7 @@ def _tracker(
         trackers.append(
             Losable(
                 Wandb(config, folder, resumed),
-                lambda error: record_event(folder, "wandb_lost", reason=str(error)),
+                lambda error: record_event(folder, "wandb_lost", reason=repr(error)),
             )
         )
     return Several(trackers)

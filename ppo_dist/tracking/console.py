@@ -136,11 +136,11 @@ class Several:
 
 
 class Losable:
-    """A Tracker that does without another one whose connection was lost, so that the run goes on.
-    W&B's own process, for one, ends at the signal that stops a Ray job, before the run does.
+    """A Tracker that does without another one that failed, so that the run goes on. W&B's own
+    process, for one, ends at the signal that stops a Ray job, before the run has its checkpoint.
     """
 
-    def __init__(self, tracker: Any, tell: Callable[[ConnectionError], None]) -> None:
+    def __init__(self, tracker: Any, tell: Callable[[Exception], None]) -> None:
         self._tracker, self._tell, self._is_lost = tracker, tell, False
 
     def log(self, step: int, metrics: Mapping[str, float | None]) -> None:
@@ -164,6 +164,6 @@ class Losable:
             return
         try:
             action()
-        except ConnectionError as error:
+        except Exception as error:  # of many kinds, most of them private to W&B
             self._is_lost = True
             self._tell(error)
