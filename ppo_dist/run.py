@@ -20,7 +20,7 @@ from ppo_dist.coordinator.loop import Loop, Outcome
 from ppo_dist.coordinator.state import Checkpoints, RunState, read_state
 from ppo_dist.journey import Journey, encode, remembered
 from ppo_dist.protocols import Tracker
-from ppo_dist.tracking.console import Several, Terminal, summary
+from ppo_dist.tracking.console import Losable, Several, Terminal, summary
 from ppo_dist.tracking.local import JsonLines, read_rows, record_event
 
 SUMMARY = "summary.json"
@@ -167,7 +167,12 @@ def _tracker(
     if config.tracking.wandb != "off":
         from ppo_dist.tracking.wandb import Wandb
 
-        trackers.append(Wandb(config, folder, resumed))
+        trackers.append(
+            Losable(
+                Wandb(config, folder, resumed),
+                lambda error: record_event(folder, "wandb_lost", reason=repr(error)),
+            )
+        )
     return Several(trackers)
 
 

@@ -1,0 +1,124 @@
+"""launch/slurm.sbatch on a real Slurm of two unequal nodes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from tests.conftest import raw_config
+from tests.launch.rig import ROOT, environment, wait_for
+from tests.launch.slurm import Slurm, missing, slurm
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing()), reason=missing())]
+STEPS = 60
+TIMINGS = ("timing_s/", "perf/")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Slurm]:
+    with (
+        tempfile.TemporaryDirectory(prefix="slurm-") as folder,
+        slurm(Path(folder), (2, 3)) as made,
+    ):
+        yield made
+
+
+def written(folder: Path, **sections: Any) -> Path:
+    raw = raw_config(
+        folder / "run",
+        train={"steps": STEPS, "checkpoint_every": 5},
+        cluster={"kind": "ray", "wait_s": 120},
+        **sections,
+    )
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    return path
+
+
+def submitted(cluster: Slurm, config: Path, *options: str) -> str:
+    """The number of a job, whose submission directory is the config's."""
+    script = ROOT / "launch" / "slurm.sbatch"
+    return cluster.command("sbatch", "--parsable", *options, script, config, cwd=config.parent)
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "run" / "metrics.jsonl"
+    found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [{k: v for k, v in row.items() if not k.startswith(TIMINGS)} for row in found]
+
+
+def left_of(job: str) -> list[str]:
+    """Command lines of processes that belong to a job's Ray."""
+    lines = [" ".join(p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"])]
+    return [line for line in lines if f"/tmp/ray-{job}" in line]
+
+
+def test_preempted_twice_it_equals_an_uninterrupted_run(cluster: Slurm, tmp_path: Path) -> None:
+    """Once with a warning, as before a time limit, and once without."""
+    config = written(tmp_path)
+    job = submitted(cluster, config, "--nodes=2", "--exclusive")
+    log = tmp_path / f"slurm-{job}.out"
+
+    def why() -> str:
+        return log.read_text() if log.exists() else str(cluster.job(job))
+
+    def further(steps: int) -> bool:
+        assert cluster.job(job)["JobState"] in ("RUNNING", "PENDING", "COMPLETING"), why()
+        return len(rows(tmp_path)) >= steps
+
+    wait_for(lambda: further(4), 180, why)
+    token = tmp_path / f".slurm-{job}.token"
+    assert token.stat().st_mode & 0o777 == 0o600 and token.read_text() not in log.read_text()
+    cluster.command("scancel", "--batch", "--signal=TERM", job)
+    wait_for(lambda: cluster.job(job)["Restarts"] == "1", 60, why)
+    done = len(rows(tmp_path))
+    events = (tmp_path / "run" / "events.jsonl").read_text()
+    assert '"interrupted"' in events and done < STEPS
+    wait_for(lambda: cluster.job(job)["JobState"] == "PENDING", 60, why)
+    assert not token.exists() and not left_of(job)
+    wait_for(lambda: further(done + 7), 180, why)
+    cluster.command("scontrol", "requeue", job)
+    wait_for(lambda: cluster.job(job)["Restarts"] == "2", 60, why)
+    wait_for(lambda: cluster.job(job)["JobState"] == "COMPLETED", 240, why)
+    assert cluster.job(job)["ExitCode"] == "0:0"
+    assert not token.exists() and not left_of(job)
+
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    result = subprocess.run(
+        ["ppo-dist", "train", str(written(alone))],
+        env=environment(tmp_path / "home"),
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert [row["step"] for row in rows(alone)] == list(range(STEPS + 1))
+    assert rows(tmp_path) == rows(alone)
+
+
+def test_its_exit_code_is_the_runs(cluster: Slurm, tmp_path: Path) -> None:
+    """On one node, and it is not tried again."""
+    job = submitted(cluster, written(tmp_path, data={"labelled": "nowhere.jsonl"}))
+    wait_for(lambda: cluster.job(job)["JobState"] == "FAILED", 120)
+    found = cluster.job(job)
+    assert found["ExitCode"] == "2:0" and found["Restarts"] == "0"
+    assert "nowhere.jsonl" in (tmp_path / f"slurm-{job}.out").read_text()
+    assert not left_of(job)
+
+
+def test_cancelled_it_stays_so(cluster: Slurm, tmp_path: Path) -> None:
+    job = submitted(cluster, written(tmp_path))
+    wait_for(lambda: len(rows(tmp_path)) > 1, 120)
+    cluster.command("scancel", job)
+    wait_for(lambda: not cluster.command("squeue", "--noheader"), 60)
+    found = cluster.job(job)
+    assert found["JobState"] == "CANCELLED" and found["Restarts"] == "0"
+    assert not left_of(job)
