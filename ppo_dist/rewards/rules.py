@@ -13,7 +13,7 @@ from typing import Literal
 from ppo_dist.config.base import InputError, Origin
 from ppo_dist.config.reward import ExactReward, FunctionReward, NumericReward, RegexReward
 from ppo_dist.protocols import RewardSource
-from ppo_dist.rewards.extract import extractor, is_same_mathematics
+from ppo_dist.rewards.extract import extractor, in_time, is_same_mathematics
 from ppo_dist.rewards.user import load_function
 from ppo_dist.types import Dropped, Rollout, Score
 
@@ -111,7 +111,8 @@ def regex(rule: RegexReward) -> Judge:
         pattern = re.compile(rule.pattern)
     except re.error as error:
         raise InputError(f"reward: {rule.pattern!r} is not a regular expression: {error}") from None
-    return lambda rollout: float(pattern.search(rollout.text) is not None)
+    # a pattern may take for ever on a text that was not thought of
+    return lambda rollout: float(in_time(lambda: pattern.search(rollout.text)) is not None)
 
 
 def _answer(rollout: Rollout) -> str:
