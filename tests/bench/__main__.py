@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -55,6 +56,11 @@ class Bench:
         self.found.setdefault(name, {})[kind] = numbers = json.loads(out.read_text())
         return Found(**numbers)
 
+    def fresh(self, name: str) -> Path:
+        """The folder of a workload, without what an earlier run left there."""
+        shutil.rmtree(self.folder / name, ignore_errors=True)
+        return self.folder / name
+
     def reward_model(self) -> Path:
         """One of the policy's shape: its trunk and a random head."""
         folder = self.folder / "reward"
@@ -71,7 +77,7 @@ class Bench:
 
     def iterations(self, work: Work) -> str:
         """W1 or W2."""
-        reward, own = self.reward_model(), self.folder / work.name
+        reward, own = self.reward_model(), self.fresh(work.name)
         keep = str(own / "seen.pickle")
         found = {}
         for kind in ("own", "learner"):
@@ -85,13 +91,13 @@ class Bench:
 
     def small(self, work: Work) -> str:
         """W3."""
-        own = self.folder / work.name
+        own = self.fresh(work.name)
         raw = small_config(work, own / "run")
         return report.small(self.measure("W3", "own", config=raw, keep=str(own / "seen.pickle")))
 
     def supervised(self, work: Work) -> str:
         """W4."""
-        own, found = self.folder / work.name, {}
+        own, found = self.fresh(work.name), {}
         for kind in ("own", "learner"):
             raw = supervised_config(work, own / kind, self.model, self.threads)
             keep = str(own / "seen.pickle")

@@ -40,9 +40,12 @@ COEFFICIENTS = Coefficients(
 
 @dataclasses.dataclass
 class Seen:
-    """What went through the last step of a run, and the prompts of every step, as tokens."""
+    """What went through the last step of a run; the prompts of every step, as tokens, and how many
+    tokens each response to them had.
+    """
 
     prompts: list[list[list[int]]] = dataclasses.field(default_factory=list)
+    lengths: list[list[int]] = dataclasses.field(default_factory=list)
     chunks: Sequence[Chunk] = ()
     rollouts: Sequence[Rollout] = ()
     updates: Sequence[Sequence[TrainSequence]] = ()
@@ -66,7 +69,8 @@ def run(raw: dict[str, Any], keep: Path) -> Found:
     rows = [row for row in rows if row["timing_s/step"] is not None]
     seconds = {s: statistics.median(row[f"timing_s/{s}"] or 0.0 for row in rows) for s in STAGES}
     keep.write_bytes(pickle.dumps(seen))
-    keep.with_suffix(".json").write_text(json.dumps(seen.prompts))
+    asked = {"prompts": seen.prompts, "lengths": seen.lengths}
+    keep.with_suffix(".json").write_text(json.dumps(asked))
     tokens = statistics.median(
         (row["rollout/tokens"] or 0) + (row.get("sup/tokens") or 0) for row in rows
     )
@@ -127,6 +131,7 @@ def _listen(seen: Seen, learners: Any, pool: Any) -> None:
 
     def collecting(ticket: int) -> list[Rollout]:
         seen.rollouts = collect(ticket)
+        seen.lengths.append([len(rollout.tokens_R) for rollout in seen.rollouts])
         return list(seen.rollouts)
 
     def updating(updates: Sequence[Sequence[TrainSequence]], coefficients: Coefficients) -> Any:

@@ -1,6 +1,6 @@
 """The same PPO iteration as a plain program: transformers' `generate`, padding, full logits, bf16
 autocast over fp32 weights, torch's fused AdamW. Nothing of ppo_dist is used; the prompts are those
-that ours had.
+that ours had, and each response ends after as many tokens as ours did, so that both do equal work.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -20,12 +21,23 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
+    StoppingCriteria,
 )
 
 from tests.bench.work import KL, LR, Found, Work
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GAMMA, LAM, CLIP, VALUE_CLIP = 1.0, 0.95, 0.2, 0.2
+
+
+class Ends(StoppingCriteria):
+    """Ends each response of a batch at a length of its own."""
+
+    def __init__(self, width: int, lengths_B: torch.Tensor) -> None:
+        self.widths_B = width + lengths_B
+
+    def __call__(self, tokens_BL, scores, **_):  # type: ignore[no-untyped-def]
+        return tokens_BL.shape[1] >= self.widths_B
 
 
 class Plain:
@@ -48,7 +60,7 @@ class Plain:
             torch.optim.AdamW(m.parameters(), lr=LR, betas=(0.9, 0.95), fused=True)
             for m in (self.policy, self.critic)
         ]
-        self.prompts: list[list[list[int]]] = json.loads(prompts.read_text())
+        self.asked: dict[str, list[list[Any]]] = json.loads(prompts.read_text())
         self.seconds: dict[str, float] = defaultdict(float)
 
     def autocast(self) -> torch.autocast:
@@ -62,7 +74,8 @@ class Plain:
 
     def iteration(self, number: int) -> int:
         """One PPO iteration; returns the number of new tokens."""
-        rows = {"input_ids": self.prompts[number]}
+        rows = {"input_ids": self.asked["prompts"][number]}
+        lengths_B = torch.tensor(self.asked["lengths"][number])
         batch = self.tokenizer.pad(rows, return_tensors="pt")
         width = batch.input_ids.shape[1]
         with self.timed("generate"), torch.no_grad():
@@ -77,9 +90,10 @@ class Plain:
                 top_k=0,
                 max_new_tokens=self.work.max_new_tokens,
                 num_return_sequences=self.work.responses,
+                eos_token_id=-1,  # none
+                stopping_criteria=[Ends(width, lengths_B)],
             )
-        stops = (tokens[:, width:] == self.tokenizer.eos_token_id).int()
-        live = (stops.cumsum(1) - stops) == 0  # up to the first end-of-sequence token
+        live = torch.arange(tokens.shape[1] - width) < lengths_B[:, None]
         prompt_mask = batch.attention_mask.repeat_interleave(self.work.responses, 0).bool()
         mask = torch.cat([prompt_mask, live], 1)
         positions = (mask.long().cumsum(1) - 1).clamp(min=0)
@@ -155,7 +169,7 @@ class Plain:
 
 def run(work: Work, model: Path, reward: Path, prompts: Path) -> Found:
     """Medians after a first iteration that does not count; `prompts` is a file of those of each
-    iteration, as tokens.
+    iteration, as tokens, and of the lengths of the responses.
     """
     torch.manual_seed(0)
     program, rows, tokens = Plain(work, model, reward, prompts), [], []
