@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -27,6 +28,13 @@ from tests.bench.work import (
     small_config,
     supervised_config,
 )
+
+
+def has_trl() -> bool:
+    """Whether a TRL that still has a PPOTrainer is installed; nothing is imported."""
+    spec = importlib.util.find_spec("trl")
+    folders = spec.submodule_search_locations if spec else None
+    return any((Path(folder) / "experimental/ppo").is_dir() for folder in folders or ())
 
 
 @dataclass(frozen=True)
@@ -85,8 +93,9 @@ class Bench:
             job = {"config": raw, "keep": keep, "times": work.iterations}
             found[kind] = self.measure(work.name, kind, **job)
         prompts = str(own / "seen.json")
-        plain = {"work": asdict(work), "model": str(self.model), "reward": str(reward)}
-        found["plain"] = self.measure(work.name, "plain", **plain, prompts=prompts)
+        peer = {"work": asdict(work), "model": str(self.model), "reward": str(reward)}
+        for kind in ("plain", "trl") if has_trl() else ("plain",):
+            found[kind] = self.measure(work.name, kind, **peer, prompts=prompts)
         return report.iteration(work.name, found)
 
     def small(self, work: Work) -> str:
@@ -123,7 +132,8 @@ def main() -> None:
         "--minutes",
         type=float,
         default=10,
-        help="about so long for all five: fewer iterations, at least one each, on a slow machine",
+        help="about so long for all five, without TRL: fewer iterations, at least one each, on a "
+        "slow machine",
     )
     asked = parser.parse_args()
     if not (asked.model / "config.json").exists():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from dataclasses import asdict
@@ -20,11 +21,11 @@ def measured(kind: str, job: dict[str, Any]) -> Found:
     import torch
 
     torch.set_num_threads(job["threads"])
-    if kind == "plain":
-        from tests.bench import plain
-
+    if kind in ("plain", "trl"):
+        peer = importlib.import_module(f"tests.bench.{kind}")
         files = (Path(job[name]) for name in ("model", "reward", "prompts"))
-        return plain.run(Work(**job["work"]), *files)
+        found: Found = peer.run(Work(**job["work"]), *files)
+        return found
     from tests.bench import own
 
     if kind == "own":

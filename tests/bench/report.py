@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 
 import matplotlib
@@ -35,6 +36,7 @@ def iteration(name: str, found: dict[str, Found]) -> str:
         "",
         f"* new tokens: {own.tokens:.0f} and {plain.tokens:.0f}, {speed[0]:.1f} and {speed[1]:.1f} "
         "a second of the step",
+        beside_trl(own, found.get("trl")),
         f"* generation against the engine alone: "
         f"{own.more['generate alone'] / own.more['generate in the run']:.0%}",
         f"* scoring, annotation and publishing: {beside:.0%} of the step",
@@ -42,6 +44,18 @@ def iteration(name: str, found: dict[str, Found]) -> str:
         *learner(alone),
     ]
     return "\n".join(lines)
+
+
+def beside_trl(own: Found, trl: Found | None) -> str:
+    """TRL's whole iteration, or how to have it."""
+    if trl is None:
+        return "* TRL's PPOTrainer is measured as well where there is one: pip install 'trl<1.13'"
+    step = trl.seconds["step"]
+    return (
+        f"* TRL {version('trl')}'s PPOTrainer: {step:.2f} s, ratio "
+        f"{step / own.seconds['step']:.2f}; {trl.tokens:.0f} new tokens, "
+        f"{trl.tokens / step:.1f} a second"
+    )
 
 
 def moved(found: Found) -> list[str]:
