@@ -19,6 +19,7 @@ from ppo_dist.config.load import dump
 from ppo_dist.coordinator.loop import Loop, Outcome
 from ppo_dist.coordinator.state import Checkpoints, RunState, read_state
 from ppo_dist.journey import Journey, encode, remembered
+from ppo_dist.learner import shards
 from ppo_dist.protocols import Tracker
 from ppo_dist.tracking.console import Several, Terminal, summary
 from ppo_dist.tracking.local import JsonLines, read_rows, record_event
@@ -29,8 +30,6 @@ FIXED = (
     "model",
     "data",
     "run.seed",
-    "learner.workers",
-    "learner.zero_stage",
     "learner.dtype",
     "learner.optimizer",
     "algorithm.advantage.kind",
@@ -73,7 +72,8 @@ def train(config: Config, resume: bool | Path, console: Console) -> int:
             raise InputError(
                 f"{checkpoint}: does not go with this config and this data: {error}"
             ) from None
-        record_event(folder, "resumed", step=state.step)
+        learners = {"before": shards.ranks(checkpoint / "policy"), "now": config.learner.workers}
+        record_event(folder, "resumed", step=state.step, learners=learners)
     tracker = _tracker(config, folder, state, checkpoint is not None, console)
     try:
         with build.cluster(config), _interrupts() as interrupted:
@@ -138,7 +138,8 @@ def _starting_point(
         console.print("no checkpoint yet: starting at step 0")
         return None, RunState(), {}
     state, parts = read_state(chosen)
-    console.print(f"resuming from {chosen}")
+    learners = shards.ranks(chosen / "policy")
+    console.print(f"resuming from {chosen}, written by {learners} learner(s)")
     for name in Checkpoints(folder, config.train.keep_checkpoints).set_aside_after(state.step):
         console.print(f"set aside: {name}")
     return chosen, state, parts
