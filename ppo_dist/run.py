@@ -19,6 +19,7 @@ from ppo_dist.config.load import dump
 from ppo_dist.coordinator.loop import Loop, Outcome
 from ppo_dist.coordinator.state import Checkpoints, RunState, read_state
 from ppo_dist.journey import encode
+from ppo_dist.learner import shards
 from ppo_dist.protocols import Tracker
 from ppo_dist.recovery import Recovery, Start
 from ppo_dist.tracking.console import Several, Terminal, summary
@@ -30,8 +31,6 @@ FIXED = (
     "model",
     "data",
     "run.seed",
-    "learner.workers",
-    "learner.zero_stage",
     "learner.dtype",
     "learner.optimizer",
     "algorithm.advantage.kind",
@@ -68,7 +67,9 @@ def train(config: Config, resume: bool | Path, console: Console) -> int:
     for what, count in encoded.counts.items():
         console.print(f"{count} prompts longer than data.max_prompt_tokens were {what}")
     if start.checkpoint is not None:
-        record_event(folder, "resumed", step=start.state.step)
+        before = shards.ranks(start.checkpoint / "policy")
+        learners = {"before": before, "now": config.learner.workers}
+        record_event(folder, "resumed", step=start.state.step, learners=learners)
     recovery = Recovery(
         config, model_path, encoded, lambda at: _tracker(config, folder, at, console)
     )
@@ -130,7 +131,8 @@ def _starting_point(config: Config, folder: Path, resume: bool | Path, console: 
         console.print("no checkpoint yet: starting at step 0")
         return Start()
     state, parts = read_state(chosen)
-    console.print(f"resuming from {chosen}")
+    learners = shards.ranks(chosen / "policy")
+    console.print(f"resuming from {chosen}, written by {learners} learner(s)")
     for name in Checkpoints(folder, config.train.keep_checkpoints).set_aside_after(state.step):
         console.print(f"set aside: {name}")
     return Start(chosen, state, parts)

@@ -29,6 +29,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from ppo_dist.config.workers import AdamW, LearnerSection
 from ppo_dist.device import DTYPES, DeviceKind, backend
+from ppo_dist.learner import shards
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -150,14 +151,10 @@ class ZeroEngine:
 
         DeepSpeed's own `offload_states` does that under ZeRO-3 for its FusedAdam alone.
         """
-        zero = self._engine.optimizer
-        masters = (
-            zero.fp32_partitioned_groups_flat
-            if self._stage == 3
-            else zero.single_partition_of_fp32_groups
-        )
-        states = [value for state in zero.optimizer.state.values() for value in state.values()]
-        self._asleep = [(t, t.device) for t in (*masters, *states) if isinstance(t, torch.Tensor)]
+        states = [value for state in self._state.values() for value in state.values()]
+        self._asleep = [
+            (t, t.device) for t in (*self._masters, *states) if isinstance(t, torch.Tensor)
+        ]
         for tensor, _ in self._asleep:
             tensor.data = tensor.data.to("cpu")
 
@@ -213,18 +210,61 @@ class ZeroEngine:
                 yield from ((name, p.detach()) for name, p in bucket)
 
     def save(self, folder: Path) -> None:
-        """Writes parameters and optimizer, each rank its part."""
-        was_asleep = bool(self._asleep)
-        self._wake()
-        self._engine.save_checkpoint(str(folder), tag="state", save_latest=False)
-        if was_asleep:
-            self.sleep()
+        """Writes parameters and optimizer, each rank its part. What is frozen is left out."""
+        rank, pieces = torch.distributed.get_rank(), self._pieces()
+        if self._stage == 0:  # all have all
+            pieces = pieces[rank :: self._world]
+        shards.write(folder, rank, pieces, self._state)
 
     def load(self, folder: Path) -> None:
-        """Goes on from what `save` wrote at the same stage and world size."""
-        path, _ = self._engine.load_checkpoint(str(folder), tag="state")
-        if path is None:
-            raise FileNotFoundError(f"{folder}: DeepSpeed found no state to load")
+        """Goes on from what `save` wrote at any stage and world size."""
+        shards.read(folder, self._pieces(), self._state)
+        zero = self._engine.optimizer
+        if self._stage in (1, 2):
+            zero.update_lp_params()
+        elif self._stage == 3:
+            zero.checkpoint_event_prologue()
+            for index in range(len(self._masters)):
+                zero._reassign_or_swap_out_partitioned_parameters(index)
+            zero.checkpoint_event_epilogue()
+
+    @property
+    def _masters(self) -> list[torch.Tensor]:
+        """The flat fp32 tensors that this rank's optimizer sees; there are none at stage 0."""
+        zero = self._engine.optimizer
+        masters: list[torch.Tensor] = (
+            zero.fp32_partitioned_groups_flat
+            if self._stage == 3
+            else zero.single_partition_of_fp32_groups
+        )
+        return masters
+
+    @property
+    def _state(self) -> shards.State:
+        optimizer = self._engine.optimizer
+        state: shards.State = (optimizer if self._stage == 0 else optimizer.optimizer).state
+        return state
+
+    def _pieces(self) -> list[shards.Piece]:
+        """What of the trained parameters this rank's optimizer sees."""
+        named = [(n, p) for n, p in self._engine.module.named_parameters() if p.requires_grad]
+        if self._stage == 0:
+            return [shards.Piece(name, 0, p.numel(), p.numel(), p, 0) for name, p in named]
+        where = self._at_stage_3 if self._stage == 3 else self._at_stages_1_and_2
+        return [piece for name, p in named for piece in where(name, p)]
+
+    def _at_stages_1_and_2(self, name: str, p: Any) -> Iterator[shards.Piece]:
+        if (where := p._hp_mapping) is not None:
+            part, place = where.lp_fragment_address, where.hp_fragment_address
+            flat = self._masters[where.param_group_index]
+            yield shards.Piece(name, part.start, part.numel, p.numel(), flat, place.start)
+
+    def _at_stage_3(self, name: str, p: Any) -> Iterator[shards.Piece]:
+        zero = self._engine.optimizer
+        index, offset, share = zero.grad_position[zero.get_param_id(p)]
+        start = torch.distributed.get_rank() * share
+        if (count := min(share, p.ds_numel - start)) > 0:  # the last shares are padded
+            yield shards.Piece(name, start, count, p.ds_numel, self._masters[index], offset)
 
 
 def _groups(module: nn.Module, apart: nn.Module | None) -> list[dict[str, Any]]:
