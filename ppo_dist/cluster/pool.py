@@ -11,6 +11,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from ppo_dist import device
+from ppo_dist.cluster import network
 from ppo_dist.cluster.groups import place
 from ppo_dist.cluster.layout import Slot
 from ppo_dist.cluster.session import Places
@@ -27,6 +28,7 @@ class RolloutActor(RolloutWorker):
     """A RolloutWorker that opens its end of the transport by itself."""
 
     def __init__(self, make_receiver: MakeReceiver) -> None:
+        network.use_own_interface()
         super().__init__(make_receiver())
 
     def probe(self, weights: Weights, deadline_s: float) -> None:
