@@ -24,6 +24,7 @@ import deepspeed.comm
 import deepspeed.ops
 import torch
 from torch import nn
+from torch.distributed import distributed_c10d as c10d
 from transformers.integrations import HfDeepSpeedConfig
 
 from ppo_dist.config.workers import AdamW, LearnerSection
@@ -36,11 +37,12 @@ class _NotFinite(Exception):
     """Ends a step before the optimizer changes anything; the same on all ranks."""
 
 
-COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
-
-
-def join_group(rank: int, world: int, address: str, port: int, kind: DeviceKind) -> None:
-    """Joins the process group of all learners; a second call in the same process does nothing."""
+def join_group(
+    rank: int, world: int, address: str, port: int, kind: DeviceKind, deadline_s: float
+) -> None:
+    """Joins the process group of all learners; a second call in the same process does nothing. A
+    rank waits at most `deadline_s` for the others.
+    """
     if torch.distributed.is_initialized():
         return
     os.environ.update(
@@ -52,9 +54,16 @@ def join_group(rank: int, world: int, address: str, port: int, kind: DeviceKind)
     )
     # DeepSpeed compiles a shared-memory op at this point unless it is marked as not available
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(
-        dist_backend=backend(kind), timeout=COLLECTIVE_TIMEOUT, verbose=False
-    )
+    timeout = datetime.timedelta(seconds=deadline_s)
+    deepspeed.init_distributed(dist_backend=backend(kind), timeout=timeout, verbose=False)
+
+
+def _limit_waits(deadline_s: float) -> None:
+    """Gives all groups the same deadline: DeepSpeed makes some with torch's own, of 10 or 30
+    minutes, which is too short for those who have asked for more.
+    """
+    for group in list(c10d._world.pg_map):
+        c10d._set_pg_timeout(datetime.timedelta(seconds=deadline_s), group)
 
 
 def _zero_config(learner: LearnerSection, max_grad_norm: float = 0.0) -> dict[str, Any]:
@@ -99,6 +108,7 @@ def frozen(learner: LearnerSection, module: nn.Module, device: torch.device) -> 
         "bf16": {"enabled": learner.dtype == "bf16"},
     }
     engine: nn.Module = deepspeed.initialize(model=module, config=config)[0]
+    _limit_waits(learner.deadline_s)
     engine.eval()
     return engine
 
@@ -127,6 +137,7 @@ class ZeroEngine:
         self._engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=_zero_config(learner, max_grad_norm)
         )
+        _limit_waits(learner.deadline_s)
         self._world = torch.distributed.get_world_size()
         self._asleep: list[tuple[torch.Tensor, torch.device]] = []  # and where they belong
 
