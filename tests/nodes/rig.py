@@ -24,9 +24,10 @@ PORT = 6379
 RAY = {
     "RAY_AUTH_MODE": "token",
     "RAY_USAGE_STATS_ENABLED": "0",
-    # a node that cannot be reached is taken for dead after about 5 s instead of 15
+    # a node is taken for dead after 5 s (its port is closed) or 10 (no answer), not 15 or 65
     "RAY_health_check_period_ms": "1000",
-    "RAY_health_check_timeout_ms": "5000",
+    "RAY_health_check_timeout_ms": "1000",
+    "RAY_prestart_worker_first_driver": "0",  # idle processes cost a small machine its time
 }
 TIMINGS = ("timing_s/", "perf/")
 
@@ -110,7 +111,7 @@ def training(
 
 
 class Cluster:
-    """A Ray node on each host, of which the first is the head."""
+    """Ray nodes, each on a host of its own; the first is the head."""
 
     def __init__(self, hosts: Mapping[str, Host], cpus: Mapping[str, int], folder: Path) -> None:
         self.hosts = hosts
@@ -120,13 +121,9 @@ class Cluster:
         self._env = environment(RAY_AUTH_TOKEN=secrets.token_hex(32), **RAY)
         self._nodes: dict[str, subprocess.Popen[bytes]] = {}
 
-    def whole(self) -> None:
-        """Puts back what was cut, and starts nodes that are gone."""
-        gone = [n for n in self.hosts if n not in self._nodes or self._nodes[n].poll() is not None]
-        for host in self.hosts.values():
-            host.heal()
-        for name in gone:  # the head first: others wait for it
-            self._start(name)
+    def runs(self, name: str) -> bool:
+        """Whether there is a node on a host."""
+        return name in self._nodes and self._nodes[name].poll() is None
 
     def train(self, raw: dict[str, Any]) -> contextlib.AbstractContextManager[Run]:
         """Starts a run on the head."""
@@ -142,7 +139,8 @@ class Cluster:
         self.hosts[name].kill()
         self._nodes[name].wait()
 
-    def _start(self, name: str) -> None:
+    def start(self, name: str) -> None:
+        """Starts a node; the head must be the first."""
         host, log = self.hosts[name], self._folder / f"{name}.log"
         options = [
             "--block",
