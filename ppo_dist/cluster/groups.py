@@ -12,6 +12,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ppo_dist import device
+from ppo_dist.cluster import network
 from ppo_dist.cluster.actors import cause
 from ppo_dist.cluster.layout import Slot
 from ppo_dist.cluster.session import Places
@@ -30,14 +31,15 @@ class LearnerActor(LearnerWorker):
     """
 
     def __init__(self) -> None:
-        """Does nothing yet; `start` does what LearnerWorker's constructor does."""
+        """Loads nothing yet; `start` does what LearnerWorker's constructor does."""
+        network.use_own_interface()
 
     def meeting_point(self) -> tuple[str, int]:
         """This node's address and a port that is free there."""
         with socket.socket() as probe:
             probe.bind(("", 0))
             port: int = probe.getsockname()[1]
-        return ray.util.get_node_ip_address(), port
+        return network.address(), port
 
     def open(self, make_sender: MakeSender) -> int | None:
         """Opens the sending end of the transport; returns its port if it has one."""

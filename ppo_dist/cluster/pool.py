@@ -11,6 +11,7 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from ppo_dist import device
+from ppo_dist.cluster import network
 from ppo_dist.cluster.actors import reason
 from ppo_dist.cluster.groups import place
 from ppo_dist.cluster.layout import Slot
@@ -29,6 +30,7 @@ class RolloutActor(RolloutWorker):
     """A RolloutWorker that opens its end of the transport by itself."""
 
     def __init__(self, make_receiver: MakeReceiver, make_engine: MakeEngine) -> None:
+        network.use_own_interface()
         super().__init__(make_receiver(), make_engine)
 
     def probe(self, weights: Weights, deadline_s: float) -> None:
