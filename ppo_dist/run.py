@@ -22,7 +22,7 @@ from ppo_dist.journey import encode
 from ppo_dist.learner import shards
 from ppo_dist.protocols import Tracker
 from ppo_dist.recovery import Recovery, Start
-from ppo_dist.tracking.console import Several, Terminal, summary
+from ppo_dist.tracking.console import Losable, Several, Terminal, summary
 from ppo_dist.tracking.local import JsonLines, read_rows, record_event
 
 SUMMARY = "summary.json"
@@ -159,7 +159,12 @@ def _tracker(config: Config, folder: Path, start: Start, console: Console) -> Tr
     if config.tracking.wandb != "off":
         from ppo_dist.tracking.wandb import Wandb
 
-        trackers.append(Wandb(config, folder, resumed))
+        trackers.append(
+            Losable(
+                Wandb(config, folder, resumed),
+                lambda error: record_event(folder, "wandb_lost", reason=str(error)),
+            )
+        )
     return Several(trackers)
 
 

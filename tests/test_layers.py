@@ -38,7 +38,7 @@ HEAVY = {
     "torch": {"types", "protocols", "device", "algo", "semi", "models", "transport", "rollout",
               "learner", "coordinator", "rewards.model", "fetch", "study.bench"},
     "deepspeed": {"learner.engine"},
-    "ray": {"cluster", "transport.store"},
+    "ray": {"cluster", "transport.store", "submit", "follow"},
     "wandb": {"tracking.wandb"},
     "vllm": {"rollout.vllm"},
 }  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,6 +38,11 @@ def cluster(config: Config) -> Iterator[None]:
     if config.cluster.kind == "local":
         yield
         return
+    address = config.cluster.address or os.environ.get("RAY_ADDRESS", "")
+    if address.startswith(("127.0.0.1:", "localhost:")):
+        # or Ray, once it is imported, takes this for the machine's outer address, where a head of
+        # launch/ray_head.sh does not listen
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     from ppo_dist.cluster.layout import layout
     from ppo_dist.cluster.session import nodes, session
 

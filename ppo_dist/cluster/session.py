@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import ray
-from ray.exceptions import GetTimeoutError
+from ray.exceptions import AuthenticationError, GetTimeoutError
 from ray.util.placement_group import (
     PlacementGroup,
     placement_group,
@@ -52,9 +52,10 @@ def session(cluster: Cluster) -> Iterator[None]:
     if address:
         try:
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (AuthenticationError, ConnectionError, ValueError, RuntimeError) as error:
             raise InputError(
-                f"cluster.address {address}: cannot join: {' '.join(str(error).split())}"
+                f"cluster.address {address}: cannot join: {' '.join(str(error).split())} (is its "
+                "token in RAY_AUTH_TOKEN, or in the file RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token?)"
             ) from None
     else:
         ray.init(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -133,3 +133,37 @@ class Several:
         """See Tracker."""
         for tracker in self._trackers:
             tracker.close()
+
+
+class Losable:
+    """A Tracker that does without another one whose connection was lost, so that the run goes on.
+    W&B's own process, for one, ends at the signal that stops a Ray job, before the run does.
+    """
+
+    def __init__(self, tracker: Any, tell: Callable[[ConnectionError], None]) -> None:
+        self._tracker, self._tell, self._is_lost = tracker, tell, False
+
+    def log(self, step: int, metrics: Mapping[str, float | None]) -> None:
+        """See Tracker."""
+        self._try(lambda: self._tracker.log(step, metrics))
+
+    def table(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """See Tracker."""
+        self._try(lambda: self._tracker.table(step, rows))
+
+    def alert(self, step: int, title: str, text: str) -> None:
+        """See Tracker."""
+        self._try(lambda: self._tracker.alert(step, title, text))
+
+    def close(self) -> None:
+        """See Tracker."""
+        self._try(self._tracker.close)
+
+    def _try(self, action: Callable[[], None]) -> None:
+        if self._is_lost:
+            return
+        try:
+            action()
+        except ConnectionError as error:
+            self._is_lost = True
+            self._tell(error)

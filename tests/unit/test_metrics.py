@@ -13,7 +13,7 @@ from rich.console import Console
 
 from ppo_dist.config import ORIGINS, Config
 from ppo_dist.reports import Coefficients, StepReport, TermSums, TokenCounts, UpdateReport
-from ppo_dist.tracking.console import Several, Terminal, describe
+from ppo_dist.tracking.console import Losable, Several, Terminal, describe
 from ppo_dist.tracking.metrics import (
     STAGES,
     Busy,
@@ -350,3 +350,24 @@ def test_several_trackers_get_the_same() -> None:
     both.table(1, [{"b": "c"}])
     both.close()
     assert notes[0].seen == notes[1].seen == [(1, {"a": 2.0}), (1, [{"b": "c"}]), "closed"]
+
+
+def test_a_tracker_that_is_lost_is_done_without() -> None:
+    class Breaking:
+        calls = 0
+
+        def log(self, *given: object) -> None:
+            self.calls += 1
+            if self.calls > 1:
+                raise ConnectionResetError("gone")
+
+        def close(self) -> None:
+            raise AssertionError("it is not asked again")
+
+    told: list[str] = []
+    breaking = Breaking()
+    tracker = Losable(breaking, lambda error: told.append(str(error)))
+    for step in range(3):
+        tracker.log(step, {"a": 2.0})
+    tracker.close()
+    assert told == ["gone"] and breaking.calls == 2

@@ -1,0 +1,34 @@
+# shellcheck shell=bash
+# Sourced by the scripts that start a part of a Ray cluster, after setup.sh.
+
+die() { echo "${0##*/}: $*" >&2; exit 2; }
+
+# What is common to every node: token authentication, nothing reported to anybody, no environment in logs (at level
+# info Ray's runtime-env agent writes down the environment of every job, values included).
+export RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0 RAY_LOGGER_LEVEL=${RAY_LOGGER_LEVEL:-warning}
+
+# use_token make|find: the token of RAY_AUTH_TOKEN, or of a file that only its owner reads; `make` writes the file
+# where there is none.
+use_token() {
+  [ -z "${RAY_AUTH_TOKEN:-}" ] || return 0
+  export RAY_AUTH_TOKEN_PATH=${RAY_AUTH_TOKEN_PATH:-$HOME/.ray/auth_token}
+  if [ ! -s "$RAY_AUTH_TOKEN_PATH" ]; then
+    [ "$1" = make ] || die "no token: set RAY_AUTH_TOKEN, or copy the head's token file to $RAY_AUTH_TOKEN_PATH"
+    mkdir -p "$(dirname "$RAY_AUTH_TOKEN_PATH")"
+    rm -f "$RAY_AUTH_TOKEN_PATH"
+    (umask 077 && python -c 'import secrets; print(secrets.token_hex(32), end="")' > "$RAY_AUTH_TOKEN_PATH")
+  fi
+  chmod 600 "$RAY_AUTH_TOKEN_PATH"
+}
+
+# listen_on IP: Ray's own processes listen on this machine alone, if that is what IP is. They take 127.0.0.1 for the
+# machine's outer address unless they are told that there are no other machines.
+listen_on() {
+  case "$1" in
+    127.0.0.1 | localhost) export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 ;;
+  esac
+}
+
+# Within a step of Slurm a node has what the step was given (Ray itself sees the GPUs).
+resources=()
+[ -z "${SLURM_STEP_ID:-}" ] || resources+=(--num-cpus "$SLURM_CPUS_ON_NODE")

@@ -1,0 +1,146 @@
+"""What is sent to a cluster, what is refused before, and how a job's end is understood."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+from ppo_dist import follow
+from ppo_dist.cli import main
+from ppo_dist.config import Config
+from ppo_dist.follow import LAST_WORD, Follower, exit_code
+from ppo_dist.submit import Submission, _entrypoint
+from tests.conftest import raw_config
+
+NOBODY = "http://127.0.0.1:9"
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(raw_config(tmp_path / "run")))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["rollout.wokers=2"], ["rollout.wokers", "rollout.workers"]),
+        (["run.dir=runs/mine"], ["run.dir runs/mine", "absolute"]),
+        (["--working-dir", "nowhere"], ["nowhere", "no such working directory"]),
+        (["--working-dir", "/usr/lib"], ["tiny.yaml", "not inside", "/usr/lib"]),
+        (["--env", "NO_SUCH"], ["NO_SUCH", "not set"]),
+        (["--env", "KEY=secret"], ["--env takes names"]),
+        (["--address", "10.0.0.5:8265"], ["10.0.0.5:8265", "http://"]),
+        ([], [NOBODY, "no Ray job server", "refused"]),
+    ],
+)
+def test_refused_in_one_line(
+    path: Path,
+    arguments: list[str],
+    words: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", NOBODY)
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    there = [] if "--working-dir" in arguments else ["--working-dir", str(path.parent)]
+    assert main(["submit", str(path), *there, *arguments]) == 2
+    said = capsys.readouterr()
+    [line] = said.err.strip().splitlines()
+    assert all(word in line for word in words) and "secret" not in line
+    assert said.out == ""
+
+
+@pytest.mark.parametrize(
+    ("driver", "message", "log", "expected"),
+    [
+        (0, "Job finished successfully.", "", 0),
+        (3, "Job entrypoint command failed with exit code 3, …", "", 3),
+        (None, "Job entrypoint command failed with exit code 2, logs:\nexit code 5", "", 2),
+        (None, "Job entrypoint command failed with exit code -9. No logs.", "", -9),
+        (None, "Job was intentionally stopped.", f"exit code 1\n{LAST_WORD}130\n", 130),
+        (None, "Job was intentionally stopped.", "step 3 of 10\n", None),
+        (None, None, f"{LAST_WORD}2\n{LAST_WORD}130\n", 130),
+        (None, "runtime_env setup failed: exit code 1", "", None),
+    ],
+)
+def test_exit_code(driver: int | None, message: str | None, log: str, expected: int | None) -> None:
+    assert exit_code(driver, message, log) == expected
+
+
+def submission(path: Path, overrides: list[str]) -> Submission:
+    return Submission(path, overrides, True, NOBODY, path.parent, [], None, None, None, 600)
+
+
+def test_its_shell_outlives_a_stop_and_tells_how_the_run_ended(path: Path, tmp_path: Path) -> None:
+    """Ray sends the signal to the shell and to the run."""
+    program = tmp_path / "bin" / "ppo-dist"
+    program.parent.mkdir()
+    program.write_text(
+        f"#!{sys.executable}\n"
+        "import signal, sys, time\n"
+        "def stop(*_):\n    time.sleep(0.5)\n    sys.exit(130)\n"
+        "signal.signal(signal.SIGTERM, stop)\nprint(sys.argv[1:], flush=True)\ntime.sleep(60)\n"
+    )
+    program.chmod(0o755)
+    made = submission(path, ["run.dir=/a b/c", "data.columns={prompt: q}"])
+    raw = raw_config(tmp_path / "run")
+    entrypoint = _entrypoint(made, Config.model_validate(raw))
+    process = subprocess.Popen(
+        entrypoint,
+        shell=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=os.environ | {"PATH": f"{program.parent}:{os.environ['PATH']}"},
+    )
+    assert process.stdout
+    words = ["train", "tiny.yaml", "run.dir=/a b/c", "data.columns={prompt: q}", "--resume"]
+    assert process.stdout.readline().strip() == str(words)
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait(10) == 130
+    assert process.stdout.read() == f"{LAST_WORD}130\n"
+
+
+class Broken:
+    """A client whose connection breaks once in the middle of the log, and once for good."""
+
+    def __init__(self, breaks: int) -> None:
+        self.breaks = breaks
+
+    async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
+        for number, text in enumerate(["one\n", "two\nthr", f"ee\n{LAST_WORD}130\n"]):
+            if number == 2 and self.breaks:
+                self.breaks -= 1
+                raise ConnectionError("gone")
+            yield text
+
+    def get_job_info(self, job: str) -> SimpleNamespace:
+        status = SimpleNamespace(is_terminal=lambda: True, value="STOPPED")
+        return SimpleNamespace(status=status, driver_exit_code=None, message="stopped")
+
+
+@pytest.mark.parametrize(("breaks", "code"), [(0, 130), (2, 130), (99, 1)])
+def test_a_log_is_taken_up_where_it_broke(
+    breaks: int, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(follow, "PAUSE_S", 0.01)
+    begin = time.monotonic()
+    assert Follower(Broken(breaks), "job-1", NOBODY).to_the_end() == code
+    assert time.monotonic() - begin < 5
+    said = capsys.readouterr()
+    assert said.out.startswith("one\ntwo\nthr")
+    if code == 130:
+        assert said.out == f"one\ntwo\nthree\n{LAST_WORD}130\n"
+    else:
+        assert "lost sight of job-1: gone" in said.err and "ray job logs" in said.out
