@@ -18,7 +18,7 @@ from tests.nodes.net import network, why_not
 from tests.nodes.rig import Cluster, environment, training
 
 pytestmark = pytest.mark.slow
-# learners take 3 and rollout workers 1, so that they fill a, b and c; d is for a worker that is lost
+# learners take 3, rollout workers 1, so that they fill a, b and c; d is for a worker that is lost
 CPUS = {"a": 3, "b": 4, "c": 1, "d": 1}
 SPARE = "d"
 KINDS = ["store", "collective"]
