@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import time
@@ -79,6 +80,7 @@ def why_not() -> str:
 @contextlib.contextmanager
 def network(names: Sequence[str]) -> Iterator[dict[str, Host]]:
     """Hosts by name, at one switch. At the end all that runs on them is ended."""
+    _clear_away()
     prefix = f"ppo{os.getpid()}-"
     switch, hosts = f"{prefix}switch", {}
     with contextlib.ExitStack() as stack:
@@ -102,6 +104,16 @@ def _add(stack: contextlib.ExitStack, space: str) -> None:
     ip("netns", "add", space)
     stack.callback(ip, "netns", "delete", space)  # with its end of each cable
     stack.callback(_kill, space)
+
+
+def _clear_away() -> None:
+    """Removes what a process has left that was ended before it could do so itself."""
+    for line in ip("netns", "list").splitlines():
+        space = line.split()[0]
+        owner = re.match(r"ppo(\d+)-", space)
+        if owner and not Path("/proc", owner[1]).exists():
+            _kill(space)
+            ip("netns", "delete", space)
 
 
 def _pids(space: str) -> list[int]:

@@ -75,7 +75,7 @@ def while_generating(worker: Any, blow: Blow) -> None:
     def wrapped(chunk: Any) -> Any:
         if chunk.sampling.stream != "train" or chunk.step != 1:
             return generate(chunk)
-        handle = worker._engine._lm.register_forward_pre_hook(after(3, blow))
+        handle = worker._engine._lm.base_model.register_forward_pre_hook(after(3, blow))
         try:
             return generate(chunk)
         finally:
@@ -202,7 +202,7 @@ class Rig:
         start, is_early = RemoteWorker.start, place is while_starting
 
         def started(worker: RemoteWorker, anew: bool = False) -> None:
-            if is_early:
+            if is_early and not anew:
                 ray.get(worker._actor.__ray_call__.remote(place, self.blow))
             start(worker, anew)
             if not is_early:
@@ -412,7 +412,7 @@ def check_learner(
 @pytest.mark.slow
 def test_learners_that_always_die(rig: Rig, whole: Any) -> None:
     rig.blow = Blow(signal.SIGKILL, None)
-    rig.in_learner(in_optimizer)
+    rig.in_learner(in_first_step)
     with pytest.raises(RunError, match=r"rank 1: .*died.* \(2 times lost without a newer"):
         rig.run("struck", cluster={"restarts": 1, "backoff_s": 0.1})
     assert len(rig.events("struck", "learners_lost")) == 2

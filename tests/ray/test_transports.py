@@ -159,6 +159,7 @@ def test_a_dead_worker_is_replaced_and_serves_only_what_it_was_given(rig: Rig) -
     rig.check(3)
 
 
+@pytest.mark.slow
 def test_a_worker_that_hangs_holds_nobody_up(rig: Rig) -> None:
     pid = rig.pid(0)
     os.kill(pid, signal.SIGSTOP)
