@@ -4,12 +4,14 @@ workers.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from ppo_dist import build
-from ppo_dist.config import Config, InputError, Origin, corrects
+from ppo_dist.config import Config, InputError, Origin, WorkersLost, corrects
 from ppo_dist.config.algorithm import Complement
 from ppo_dist.coordinator.ahead import Ahead
 from ppo_dist.coordinator.evaluate import Evaluator
@@ -19,7 +21,7 @@ from ppo_dist.coordinator.state import Checkpoints, RunState, read_state
 from ppo_dist.coordinator.stream import Stream
 from ppo_dist.coordinator.unlabelled import Probe, Unlabelled
 from ppo_dist.data.encode import Encoder
-from ppo_dist.protocols import Tracker
+from ppo_dist.protocols import LearnerGroup, RewardSource, RolloutPool, Tracker
 from ppo_dist.semi.guard import Guard
 from ppo_dist.semi.pseudo import PseudoBuffer
 from ppo_dist.semi.schedule import Scheduled
@@ -89,6 +91,7 @@ class Journey:
     encoded: Encoded
     memory: Memory
     tracker: Tracker
+    lost_at: float | None = None  # when workers of an earlier journey were lost
 
     def run(
         self, checkpoint: Path | None, state: RunState, interrupted: Callable[[], bool]
@@ -109,15 +112,28 @@ class Journey:
         pending: Row | None,
         interrupted: Callable[[], bool],
     ) -> tuple[Outcome, Loop]:
-        config, encoded = self.config, self.encoded
-        with build.workers(config, self.model_path, checkpoint) as (learners, pool, reward):
-            evaluators = [
-                Evaluator(config, name, examples, pool, reward, learners) if examples else None
-                for name, examples in (("held_out", encoded.held_out), ("test", encoded.test))
-            ]
-            parts = Parts(pool, learners, reward, self.tracker, *evaluators)
-            loop = Loop(config, self.memory, parts, state, pending)
-            return loop.run(interrupted), loop
+        config, loop = self.config, None
+        try:
+            with build.workers(config, self.model_path, checkpoint) as workers:
+                if self.lost_at is not None and pending is None:
+                    seconds = round(time.monotonic() - self.lost_at, 3)
+                    self._tell("learners_rebuilt", state.step, seconds=seconds)
+                loop = Loop(config, self.memory, self._parts(*workers), state, pending)
+                return loop.run(interrupted), loop
+        except WorkersLost as error:
+            step, reason = (state if loop is None else loop.state).step, str(error)
+            detail = str(error.__cause__ or "")
+            self._tell("learners_lost", step, reason=reason, detail=detail)
+            self.tracker.alert(step, "learners were lost", reason)
+            raise
+
+    def _parts(self, learners: LearnerGroup, pool: RolloutPool, reward: RewardSource) -> Parts:
+        encoded = self.encoded
+        evaluators = [
+            Evaluator(self.config, name, examples, pool, reward, learners) if examples else None
+            for name, examples in (("held_out", encoded.held_out), ("test", encoded.test))
+        ]
+        return Parts(pool, learners, reward, self.tracker, *evaluators)
 
     def _back(self, state: RunState) -> tuple[Path, RunState]:
         """The best evaluation's checkpoint, and the run's state with it: what was learned since is
@@ -137,8 +153,11 @@ class Journey:
         self.memory.load_state_dict(parts, ["experience", "unlabelled"])
         self.memory.guard.rolled_back(state.step)
         self.memory.ahead.forget()
-        record_event(folder, "rolled_back", step=state.step, to_step=state.best_step)
+        self._tell("rolled_back", state.step, to_step=state.best_step)
         return checkpoint, replace(state, reinforced=then.reinforced)
+
+    def _tell(self, event: str, step: int, **details: Any) -> None:
+        record_event(Path(self.config.run.dir), event, step=step, **details)
 
 
 def remembered(config: Config, encoded: Encoded) -> Memory:

@@ -141,7 +141,9 @@ class WeightReceiver(Protocol):
 
 
 class LearnerGroup(Protocol):
-    """All learner workers, as one."""
+    """All learner workers, as one. Whatever it is asked, it may say that they are lost
+    (WorkersLost).
+    """
 
     def annotate(
         self, responses: Sequence[Rollout | LabelledExample], imitation: bool = False
@@ -183,7 +185,7 @@ class RolloutPool(Protocol):
 
     def collect(self, ticket: int) -> list[Rollout]:
         """Waits for what was submitted under a ticket, once; rollouts in its chunks' order. Raises
-        RunError if no worker can do it.
+        RunError if no worker can do it, WorkersLost if only learners of before could.
         """
 
     def busy_s(self) -> float:

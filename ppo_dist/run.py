@@ -18,8 +18,10 @@ from ppo_dist.config import Config, InputError, RunError
 from ppo_dist.config.load import dump
 from ppo_dist.coordinator.loop import Loop, Outcome
 from ppo_dist.coordinator.state import Checkpoints, RunState, read_state
-from ppo_dist.journey import Journey, encode, remembered
+from ppo_dist.journey import encode
+from ppo_dist.learner import shards
 from ppo_dist.protocols import Tracker
+from ppo_dist.recovery import Recovery, Start
 from ppo_dist.tracking.console import Losable, Several, Terminal, summary
 from ppo_dist.tracking.local import JsonLines, read_rows, record_event
 
@@ -29,8 +31,6 @@ FIXED = (
     "model",
     "data",
     "run.seed",
-    "learner.workers",
-    "learner.zero_stage",
     "learner.dtype",
     "learner.optimizer",
     "algorithm.advantage.kind",
@@ -58,7 +58,7 @@ def train(config: Config, resume: bool | Path, console: Console) -> int:
         return 0
     rows = build.check(config)
     build.check_servers(config)
-    checkpoint, state, saved = _starting_point(config, folder, resume, console)
+    start = _starting_point(config, folder, resume, console)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(dump(config), encoding="utf-8")
     config = build.located(config)
@@ -66,25 +66,19 @@ def train(config: Config, resume: bool | Path, console: Console) -> int:
     encoded = encode(config, rows, model_path)
     for what, count in encoded.counts.items():
         console.print(f"{count} prompts longer than data.max_prompt_tokens were {what}")
-    memory = remembered(config, encoded)
-    if checkpoint is not None:
-        try:
-            memory.load_state_dict(saved)
-        except (ValueError, KeyError) as error:
-            raise InputError(
-                f"{checkpoint}: does not go with this config and this data: {error}"
-            ) from None
-        record_event(folder, "resumed", step=state.step)
-    tracker = _tracker(config, folder, state, checkpoint is not None, console)
+    if start.checkpoint is not None:
+        before = shards.ranks(start.checkpoint / "policy")
+        learners = {"before": before, "now": config.learner.workers}
+        record_event(folder, "resumed", step=start.state.step, learners=learners)
+    recovery = Recovery(
+        config, model_path, encoded, lambda at: _tracker(config, folder, at, console)
+    )
     try:
         with build.cluster(config), _interrupts() as interrupted:
-            journey = Journey(config, model_path, encoded, memory, tracker)
-            outcome, loop = journey.run(checkpoint, state, interrupted)
+            outcome, loop = recovery.run(start, interrupted)
     except RunError as error:
         record_event(folder, "failed", reason=str(error))
         raise
-    finally:
-        tracker.close()
     return _ended(folder, outcome, loop, console)
 
 
@@ -113,17 +107,15 @@ def _complete(folder: Path, config: Config) -> bool:
     return summary.exists() and json.loads(summary.read_text())["steps"] >= config.train.steps
 
 
-def _starting_point(
-    config: Config, folder: Path, resume: bool | Path, console: Console
-) -> tuple[Path | None, RunState, dict[str, Any]]:
-    """The checkpoint to go on from, if any, and what it says."""
+def _starting_point(config: Config, folder: Path, resume: bool | Path, console: Console) -> Start:
+    """Where to go on from: the checkpoint, if any, and what it says."""
     if not resume:
         if is_started(folder):
             raise InputError(
                 f"{folder} holds a run that is not complete: add --resume to go on, "
                 "or choose another run.dir"
             )
-        return None, RunState(), {}
+        return Start()
     if isinstance(resume, Path):
         chosen: Path | None = resume.resolve()
     else:
@@ -137,12 +129,13 @@ def _starting_point(
         _compare(yaml.safe_load((folder / "config.yaml").read_text()), config)
     if chosen is None:
         console.print("no checkpoint yet: starting at step 0")
-        return None, RunState(), {}
+        return Start()
     state, parts = read_state(chosen)
-    console.print(f"resuming from {chosen}")
+    learners = shards.ranks(chosen / "policy")
+    console.print(f"resuming from {chosen}, written by {learners} learner(s)")
     for name in Checkpoints(folder, config.train.keep_checkpoints).set_aside_after(state.step):
         console.print(f"set aside: {name}")
-    return chosen, state, parts
+    return Start(chosen, state, parts)
 
 
 def _compare(before: dict[str, Any], config: Config) -> None:
@@ -158,12 +151,11 @@ def _compare(before: dict[str, Any], config: Config) -> None:
             )
 
 
-def _tracker(
-    config: Config, folder: Path, state: RunState, resumed: bool, console: Console
-) -> Tracker:
-    trackers: list[Tracker] = [JsonLines(folder, state.step if resumed else None)]
+def _tracker(config: Config, folder: Path, start: Start, console: Console) -> Tracker:
+    step, resumed = start.state.step, start.checkpoint is not None
+    trackers: list[Tracker] = [JsonLines(folder, step if resumed else None)]
     if config.tracking.progress:
-        trackers.append(Terminal(console, config.train.steps, state.step))
+        trackers.append(Terminal(console, config.train.steps, step))
     if config.tracking.wandb != "off":
         from ppo_dist.tracking.wandb import Wandb
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,13 +66,15 @@ def preflight(config: Config, ranks: RayRanks, workers: Sequence[RemoteWorker]) 
     Raises:
         InputError: it does not arrive; names the worker and the reason.
     """
-    from ppo_dist.rollout.pool import WorkerError
-
-    for worker in workers:
-        worker.wait()
-    weights = ranks.probe(MEGABYTE)
     with ThreadPoolExecutor(len(workers)) as threads:
-        answers = [threads.submit(worker.probe, weights) for worker in workers]
+        _came(config, [threads.submit(worker.wait) for worker in workers])
+        weights = ranks.probe(MEGABYTE)
+        _came(config, [threads.submit(worker.probe, weights) for worker in workers])
+
+
+def _came(config: Config, answers: Sequence[Future[None]]) -> None:
+    from ppo_dist.rollout.members import WorkerError
+
     for number, answer in enumerate(answers):
         try:
             answer.result()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ppo_dist.build import transports
 from ppo_dist.build.data import absolute
@@ -72,7 +73,7 @@ def workers(
         connected(config, model_path) as (ranks, remote, reward),
         _started(config, remote, takes_turns) as pool,
     ):
-        ranks.start(config, model_path, resume)
+        ranks.start(model_path, resume)
         yield _group(config, ranks), pool, reward
 
 
@@ -92,11 +93,11 @@ def connected(
     from ppo_dist.cluster.session import nodes, reserved
 
     with reserved(config, layout(config, nodes())) as (of_learners, of_rollouts, of_judges):
-        ranks = RayRanks(of_learners, transports.sender(config, of_learners.device))
+        ranks = RayRanks(config, of_learners, transports.sender(config, of_learners.device))
         receiver = transports.receiver(config, of_rollouts.device, *ranks.sends_from)
         make_engine = engine(config, model_path, of_rollouts.device)
         lent = ranks.gpus if config.cluster.placement == "colocated" else None
-        crew = Crew(of_rollouts, make_engine, receiver, config.transport.deadline_s, lent)
+        crew = Crew(config, of_rollouts, make_engine, receiver, lent)
         remote = [RemoteWorker(crew, slot) for slot in of_rollouts.slots]
         transports.preflight(config, ranks, remote)
         yield ranks, remote, _remote_rewards(config, model_path, of_judges)
@@ -123,8 +124,8 @@ def learners(config: Config, model_path: str, resume: Path | None) -> Iterator[L
     from ppo_dist.cluster.session import nodes, reserved
 
     with reserved(config, layout(config, nodes(), has_rollouts=False)) as (places, *_):
-        ranks = RayRanks(places, transports.sender(config, places.device))
-        ranks.start(config, model_path, resume)
+        ranks = RayRanks(config, places, transports.sender(config, places.device))
+        ranks.start(model_path, resume)
         yield _group(config, ranks)
 
 
@@ -143,8 +144,8 @@ def rollout_pool(config: Config, model_path: str) -> Iterator[tuple[RolloutPool,
         from ppo_dist.transport.memory import MemoryReceiver
 
         kind, threads = _local_device(config), config.rollout.threads
-        worker = RolloutWorker(MemoryReceiver())
-        worker.start(engine(config, model_path, kind))
+        made = engine(config, model_path, kind)()
+        worker = RolloutWorker(MemoryReceiver(), lambda: made)
         keep = config.stream.max_lag + 2
         with contextlib.closing(
             Pool([worker], keep, prepare=lambda: prepare(kind, threads))
@@ -159,7 +160,7 @@ def rollout_pool(config: Config, model_path: str) -> Iterator[tuple[RolloutPool,
     wanted = layout(config, nodes(), has_learners=False)
     with reserved(config, wanted) as (_, places, of_judges):
         make_engine = engine(config, model_path, places.device)
-        crew = Crew(places, make_engine, StoreReceiver, config.transport.deadline_s)
+        crew = Crew(config, places, make_engine, StoreReceiver)
         remote = [RemoteWorker(crew, slot) for slot in places.slots]
         with _started(config, remote) as pool:
             yield pool, _remote_rewards(config, model_path, of_judges)
@@ -175,7 +176,8 @@ def _remote_rewards(config: Config, model_path: str, places: Sequence[Places]) -
     made = []
     for section, own in zip(sections, places, strict=True):
         there = section.model_copy(update={"path": absolute(section.path)})
-        made.append(ModelScores(section, Judges(there, model_path, own)))
+        judges = Judges(there, model_path, own, config.cluster, _events(config))
+        made.append(ModelScores(section, judges))
     return reward_source(config, lambda section: made[sections.index(section)])
 
 
@@ -203,16 +205,17 @@ def _started(
 ) -> Iterator[RolloutPool]:
     from ppo_dist.rollout.pool import Pool
 
-    def note(event: str, **details: Any) -> None:
-        record_event(Path(config.run.dir), event, **details)
-
-    for worker in remote:
-        worker.start()
-    keep = config.stream.max_lag + 2
-    with contextlib.closing(Pool(remote, keep, note, takes_turns=takes_turns)) as pool:
+    keep, limits = config.stream.max_lag + 2, config.cluster
+    made = Pool(remote, keep, _events(config), takes_turns=takes_turns, limits=limits)
+    with contextlib.closing(made) as pool:
         if takes_turns:
             pool.sleep()  # once their models are there: the learners load theirs next
         yield pool
+
+
+def _events(config: Config) -> Callable[..., None]:
+    """Records what happens to workers beside the steps."""
+    return functools.partial(record_event, Path(config.run.dir))
 
 
 def _local_device(config: Config) -> DeviceKind:

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ppo_dist import device
+from ppo_dist.cluster import network
+from ppo_dist.cluster.actors import cause
 from ppo_dist.cluster.layout import Slot
 from ppo_dist.cluster.session import Places
-from ppo_dist.config import Config
+from ppo_dist.config import Config, WorkersLost
 from ppo_dist.learner.worker import LearnerWorker, Seat, probe
 from ppo_dist.protocols import WeightSender
 from ppo_dist.types import Weights
@@ -28,14 +31,15 @@ class LearnerActor(LearnerWorker):
     """
 
     def __init__(self) -> None:
-        """Does nothing yet; `start` does what LearnerWorker's constructor does."""
+        """Loads nothing yet; `start` does what LearnerWorker's constructor does."""
+        network.use_own_interface()
 
     def meeting_point(self) -> tuple[str, int]:
         """This node's address and a port that is free there."""
         with socket.socket() as probe:
             probe.bind(("", 0))
             port: int = probe.getsockname()[1]
-        return ray.util.get_node_ip_address(), port
+        return network.address(), port
 
     def open(self, make_sender: MakeSender) -> int | None:
         """Opens the sending end of the transport; returns its port if it has one."""
@@ -57,45 +61,55 @@ class LearnerActor(LearnerWorker):
 
 class RayRanks:
     """Learner workers as Ray actors; see learner.group.Ranks. They load their models when `start`
-    is called.
+    is called. All methods raise WorkersLost when one of them is dead, hangs or fails: the others
+    wait for it in vain, so the group is of no use any more.
     """
 
-    def __init__(self, places: Places, make_sender: MakeSender) -> None:
-        self.world, self._places = len(places.slots), places
+    def __init__(self, config: Config, places: Places, make_sender: MakeSender) -> None:
+        self._config, self._places = config, places
+        self.world = len(places.slots)
         actor = ray.remote(LearnerActor)
         self._actors = [actor.options(**place(places, s)).remote() for s in places.slots]
-        self._address, self._port = ray.get(self._actors[0].meeting_point.remote())
-        ports = ray.get([worker.open.remote(make_sender) for worker in self._actors])
+        self._address, self._port = self._begun([self._actors[0].meeting_point.remote()])[0]
+        ports = self._begun([worker.open.remote(make_sender) for worker in self._actors])
         self.sends_from: tuple[str, int | None] = self._address, ports[0]
 
     def gpus(self, bundle: int) -> str:
         """Those of the workers in a bundle, as CUDA_VISIBLE_DEVICES."""
         there = zip(self._actors, self._places.slots, strict=True)
-        return ",".join(ray.get([a.gpus.remote() for a, slot in there if slot.bundle == bundle]))
+        return ",".join(self._begun([a.gpus.remote() for a, s in there if s.bundle == bundle]))
 
     def probe(self, nbytes: int, version: int = -1) -> Weights:
         """Publishes about that much from rank 0 without a model."""
-        weights: Weights = ray.get(self._actors[0].probe.remote(nbytes, version))
+        weights: Weights = self._begun([self._actors[0].probe.remote(nbytes, version)])[0]
         return weights
 
-    def start(self, config: Config, model_path: str, resume: Path | None) -> None:
-        """Has all load their models and join the group; does not wait for it."""
+    def start(self, model_path: str, resume: Path | None) -> None:
+        """Has all load their models and join the group."""
         world, device = self.world, self._places.device
         seats = [Seat(r, world, self._address, self._port, device) for r in range(world)]
-        self._started = [
-            worker.start.remote(config, model_path, seat, resume)
-            for worker, seat in zip(self._actors, seats, strict=True)
-        ]
+        self._begun(
+            [
+                worker.start.remote(self._config, model_path, seat, resume)
+                for worker, seat in zip(self._actors, seats, strict=True)
+            ]
+        )
 
     def call(self, method: Callable[..., R], args: Sequence[tuple[Any, ...]]) -> list[R]:
         """See Ranks."""
-        ray.get(
-            self._started
-        )  # a worker that could not start says so here, and not in what it is asked next
         answers = [
             _bound(a, method).remote(*rest) for a, rest in zip(self._actors, args, strict=True)
         ]
-        return list(ray.get(answers))
+        return self._all(answers, self._config.learner.deadline_s)
+
+    def _begun(self, answers: Sequence[ray.ObjectRef]) -> list[Any]:
+        return self._all(answers, self._config.cluster.start_deadline_s)
+
+    def _all(self, answers: Sequence[ray.ObjectRef], deadline_s: float) -> list[Any]:
+        try:
+            return list(ray.get(list(answers), timeout=deadline_s))
+        except RayError as error:
+            raise WorkersLost(f"learners: {cause(answers)}") from error
 
 
 def place(places: Places, slot: Slot) -> dict[str, Any]:

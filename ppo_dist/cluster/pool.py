@@ -8,14 +8,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from ppo_dist import device
+from ppo_dist.cluster import network
+from ppo_dist.cluster.actors import reason
 from ppo_dist.cluster.groups import place
 from ppo_dist.cluster.layout import Slot
 from ppo_dist.cluster.session import Places
+from ppo_dist.config import Config
 from ppo_dist.protocols import RolloutEngine, WeightReceiver, WeightsError
-from ppo_dist.rollout.pool import WorkerError
+from ppo_dist.rollout.members import WorkerError
 from ppo_dist.rollout.worker import RolloutWorker
 from ppo_dist.types import Chunk, Rollout, Weights
 
@@ -26,8 +29,9 @@ MakeReceiver = Callable[[], WeightReceiver]
 class RolloutActor(RolloutWorker):
     """A RolloutWorker that opens its end of the transport by itself."""
 
-    def __init__(self, make_receiver: MakeReceiver) -> None:
-        super().__init__(make_receiver())
+    def __init__(self, make_receiver: MakeReceiver, make_engine: MakeEngine) -> None:
+        network.use_own_interface()
+        super().__init__(make_receiver(), make_engine)
 
     def probe(self, weights: Weights, deadline_s: float) -> None:
         """Takes weights from end to end without a model."""
@@ -42,91 +46,75 @@ class Crew:
     they do.
     """
 
+    config: Config
     places: Places
     make_engine: MakeEngine
     make_receiver: MakeReceiver
-    deadline_s: float
     lent: Callable[[int], str] | None = None
 
 
 class RemoteWorker:
-    """See rollout.pool.Worker: one that is a Ray actor."""
+    """See rollout.members.Worker: one that is a Ray actor."""
 
     def __init__(self, crew: Crew, slot: Slot) -> None:
-        """The actor is there, without its model, when `start` is called."""
-        self._crew, self._slot = crew, slot
+        """The actor is made at once; `start` has it load its model."""
+        self._crew, self._slot, self._config = crew, slot, crew.config
         self._lent = crew.lent(slot.bundle) if crew.lent else None
-        self._actor, self._is_replacement = self._new(), False
+        self._actor = self._new()
 
     def _new(self) -> Any:
         actor = ray.remote(concurrency_groups={"weights": 1})(RolloutActor)
         options = place(self._crew.places, self._slot)
         if self._lent is not None:  # before the process begins: torch looks once
             options["runtime_env"] = {"env_vars": device.seeing(self._lent)}
-        return actor.options(**options).remote(self._crew.make_receiver)
-
-    def start(self) -> None:
-        """Has the model loaded; does not wait for it."""
-        self._started = self._actor.start.remote(self._crew.make_engine)
+        return actor.options(**options).remote(self._crew.make_receiver, self._crew.make_engine)
 
     def wait(self) -> None:
-        """Waits until the actor is there."""
-        ray.get(self._actor.__ray_ready__.remote())
+        """Waits until the actor is there. Raises WorkerError."""
+        self._call(self._actor.__ray_ready__.remote(), self._config.cluster.start_deadline_s)
 
     def probe(self, weights: Weights) -> None:
         """Takes weights from end to end without a model. Raises WorkerError."""
-        deadline_s = self._crew.deadline_s
-        self._call(self._actor, self._actor.probe.remote(weights, deadline_s), 2 * deadline_s)
+        deadline_s = self._config.transport.deadline_s
+        self._call(self._actor.probe.remote(weights, deadline_s), 2 * deadline_s)
+
+    def start(self, anew: bool = False) -> None:
+        """See Worker."""
+        if anew:
+            with contextlib.suppress(RayActorError):
+                ray.kill(self._actor)
+            self._actor = self._new()
+        try:
+            ray.get(self._actor.start.remote(), timeout=self._config.cluster.start_deadline_s)
+        except RayError as error:
+            # of a later one: what the lost one held may not be free yet
+            is_final = isinstance(error, RayTaskError) and not anew
+            text = f"its engine does not start: {reason(error)}"
+            raise WorkerError(text, is_lost=True, is_final=is_final) from error
 
     def receive(self, weights: Weights) -> None:
         """See Worker."""
-        actor, deadline_s = self._actor, self._crew.deadline_s
-        receive = actor.receive.options(concurrency_group="weights")
+        deadline_s = self._config.transport.deadline_s
+        receive = self._actor.receive.options(concurrency_group="weights")
         # the actor itself gives up after the deadline; if it does not even say so, it hangs
-        self._call(actor, receive.remote(weights, deadline_s), 2 * deadline_s)
+        self._call(receive.remote(weights, deadline_s), 2 * deadline_s)
 
     def timed(self, chunk: Chunk) -> tuple[list[Rollout], float]:
         """See Worker."""
-        actor = self._actor
-        self._wait_for_engine(actor)
-        answer: tuple[list[Rollout], float] = self._call(actor, actor.timed.remote(chunk))
+        deadline_s = self._config.rollout.deadline_s
+        answer: tuple[list[Rollout], float] = self._call(
+            self._actor.timed.remote(chunk), deadline_s
+        )
         return answer
 
     def sleep(self) -> None:
         """See Worker."""
-        actor = self._actor
-        self._wait_for_engine(actor)
-        self._call(actor, actor.sleep.remote())
+        self._call(self._actor.sleep.remote(), self._config.rollout.deadline_s)
 
-    def _wait_for_engine(self, actor: Any) -> None:
-        try:
-            ray.get(self._started)
-        except RayActorError as error:
-            raise self._lost(actor, error) from None
-        except RayTaskError as error:
-            reason = f"its engine does not start: {error.cause}"
-            if self._is_replacement:  # what the lost one held may not be free yet
-                raise WorkerError(reason, lambda: self._replace(actor)) from error
-            raise WorkerError(reason, is_final=True) from error
-
-    def _call(self, actor: Any, answer: ray.ObjectRef, deadline_s: float | None = None) -> Any:
+    def _call(self, answer: ray.ObjectRef, deadline_s: float) -> Any:
         try:
             return ray.get(answer, timeout=deadline_s)
-        except (RayActorError, GetTimeoutError) as error:
-            raise self._lost(actor, error) from None
         except WeightsError as error:
             raise WorkerError(str(getattr(error, "cause", error))) from None
-        except RayTaskError as error:  # its engine may be dead or half loaded
-            raise self._lost(actor, error.cause) from error
-
-    def _lost(self, actor: Any, error: Exception) -> WorkerError:
-        reason = str(error).splitlines() or [type(error).__name__]
-        return WorkerError(reason[0], lambda: self._replace(actor))
-
-    def _replace(self, lost: Any) -> None:
-        if self._actor is not lost:
-            return  # somebody else has seen it too
-        with contextlib.suppress(RayActorError):
-            ray.kill(lost)
-        self._actor, self._is_replacement = self._new(), True
-        self.start()
+        except RayError as error:  # if it lives, its engine may be dead or half loaded
+            raise WorkerError(reason(error), is_lost=True) from error

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pydantic import Field, model_validator
 
 from ppo_dist.config.algorithm import Algorithm, Mix
-from ppo_dist.config.base import ORIGINS, InputError, Origin, RunError, Section
+from ppo_dist.config.base import ORIGINS, InputError, Origin, RunError, Section, WorkersLost
 from ppo_dist.config.combinations import (
     corrects,
     impossible,
@@ -39,6 +39,7 @@ __all__ = [
     "Origin",
     "RunError",
     "Section",
+    "WorkersLost",
     "corrects",
     "remote_rewards",
     "reuses_logprobs",

@@ -20,6 +20,10 @@ class RunError(Exception):
     """A run whose workers failed for good: printed as one line, exit code 1; it can be resumed."""
 
 
+class WorkersLost(RunError):
+    """What only the learners know is gone with them: a run can go on from its last checkpoint."""
+
+
 class Section(BaseModel):
     """A block of keys: unknown ones are refused, values do not change after loading."""
 

@@ -114,6 +114,12 @@ class ModelReward(Section):
     workers: int = Field(1, ge=1, description="processes that have the model")
     threads: int = Field(1, ge=1, description="CPU threads of a worker")
     cpus: float = Field(1, ge=0, description="CPUs that a worker reserves in the cluster")
+    deadline_s: float = Field(
+        1800,
+        gt=0,
+        description="how long a worker may take to load the model and to judge a step's responses;"
+        " one that takes longer is taken for hung, and replaced",
+    )
 
 
 class RemoteReward(Section):

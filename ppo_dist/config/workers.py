@@ -65,6 +65,12 @@ class RolloutSection(Section):
         description="hf engine: sequences decoded at a time, of which those that end make room for"
         " others of the chunk; null: all of the chunk",
     )
+    deadline_s: float = Field(
+        1800,
+        gt=0,
+        description="how long a worker may take for a chunk, with loading the version that it "
+        "names; one that takes longer is taken for hung, and replaced",
+    )
     max_logprob_gap: float = Field(
         0.2, gt=0, description="alert above this mean |log π_rollout − log π_learner| of a token"
     )
@@ -120,6 +126,12 @@ class LearnerSection(Section):
     critic_max_grad_norm: float = Field(
         1.0, ge=0, description="the critic's gradients are clipped to this norm; 0: not at all"
     )
+    deadline_s: float = Field(
+        3600,
+        gt=0,
+        description="how long learners may take for what they are asked at once (all updates of a "
+        "step, a checkpoint); then they are taken for hung, and started anew",
+    )
 
 
 class StreamSection(Section):
@@ -165,6 +177,19 @@ class Cluster(Section):
         "of the learners, and the two sleep in turn",
     )
     wait_s: float = Field(20, ge=0, description="how long to wait for the resources asked for")
+    start_deadline_s: float = Field(
+        1800, gt=0, description="how long a learner or rollout worker may take to load its models"
+    )
+    restarts: int = Field(
+        3,
+        ge=0,
+        description="how often a worker that is lost is started anew: a rollout worker or one of a "
+        "reward model within restart_window_s, learners without a newer checkpoint in between",
+    )
+    restart_window_s: float = Field(3600, gt=0, description="see restarts")
+    backoff_s: float = Field(
+        1, ge=0, description="pause before a worker is started anew, doubled with each restart"
+    )
 
 
 class Eval(Section):

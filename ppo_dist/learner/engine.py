@@ -24,10 +24,12 @@ import deepspeed.comm
 import deepspeed.ops
 import torch
 from torch import nn
+from torch.distributed import distributed_c10d as c10d
 from transformers.integrations import HfDeepSpeedConfig
 
 from ppo_dist.config.workers import AdamW, LearnerSection
 from ppo_dist.device import DTYPES, DeviceKind, backend
+from ppo_dist.learner import shards
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -36,11 +38,12 @@ class _NotFinite(Exception):
     """Ends a step before the optimizer changes anything; the same on all ranks."""
 
 
-COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
-
-
-def join_group(rank: int, world: int, address: str, port: int, kind: DeviceKind) -> None:
-    """Joins the process group of all learners; a second call in the same process does nothing."""
+def join_group(
+    rank: int, world: int, address: str, port: int, kind: DeviceKind, deadline_s: float
+) -> None:
+    """Joins the process group of all learners; a second call in the same process does nothing. A
+    rank waits at most `deadline_s` for the others.
+    """
     if torch.distributed.is_initialized():
         return
     os.environ.update(
@@ -52,9 +55,16 @@ def join_group(rank: int, world: int, address: str, port: int, kind: DeviceKind)
     )
     # DeepSpeed compiles a shared-memory op at this point unless it is marked as not available
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(
-        dist_backend=backend(kind), timeout=COLLECTIVE_TIMEOUT, verbose=False
-    )
+    timeout = datetime.timedelta(seconds=deadline_s)
+    deepspeed.init_distributed(dist_backend=backend(kind), timeout=timeout, verbose=False)
+
+
+def _limit_waits(deadline_s: float) -> None:
+    """Gives all groups the same deadline: DeepSpeed makes some with torch's own, of 10 or 30
+    minutes, which is too short for those who have asked for more.
+    """
+    for group in list(c10d._world.pg_map):
+        c10d._set_pg_timeout(datetime.timedelta(seconds=deadline_s), group)
 
 
 def _zero_config(learner: LearnerSection, max_grad_norm: float = 0.0) -> dict[str, Any]:
@@ -99,6 +109,7 @@ def frozen(learner: LearnerSection, module: nn.Module, device: torch.device) -> 
         "bf16": {"enabled": learner.dtype == "bf16"},
     }
     engine: nn.Module = deepspeed.initialize(model=module, config=config)[0]
+    _limit_waits(learner.deadline_s)
     engine.eval()
     return engine
 
@@ -127,6 +138,7 @@ class ZeroEngine:
         self._engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=_zero_config(learner, max_grad_norm)
         )
+        _limit_waits(learner.deadline_s)
         self._world = torch.distributed.get_world_size()
         self._asleep: list[tuple[torch.Tensor, torch.device]] = []  # and where they belong
 
@@ -139,14 +151,10 @@ class ZeroEngine:
 
         DeepSpeed's own `offload_states` does that under ZeRO-3 for its FusedAdam alone.
         """
-        zero = self._engine.optimizer
-        masters = (
-            zero.fp32_partitioned_groups_flat
-            if self._stage == 3
-            else zero.single_partition_of_fp32_groups
-        )
-        states = [value for state in zero.optimizer.state.values() for value in state.values()]
-        self._asleep = [(t, t.device) for t in (*masters, *states) if isinstance(t, torch.Tensor)]
+        states = [value for state in self._state.values() for value in state.values()]
+        self._asleep = [
+            (t, t.device) for t in (*self._masters, *states) if isinstance(t, torch.Tensor)
+        ]
         for tensor, _ in self._asleep:
             tensor.data = tensor.data.to("cpu")
 
@@ -202,18 +210,61 @@ class ZeroEngine:
                 yield from ((name, p.detach()) for name, p in bucket)
 
     def save(self, folder: Path) -> None:
-        """Writes parameters and optimizer, each rank its part."""
-        was_asleep = bool(self._asleep)
-        self._wake()
-        self._engine.save_checkpoint(str(folder), tag="state", save_latest=False)
-        if was_asleep:
-            self.sleep()
+        """Writes parameters and optimizer, each rank its part. What is frozen is left out."""
+        rank, pieces = torch.distributed.get_rank(), self._pieces()
+        if self._stage == 0:  # all have all
+            pieces = pieces[rank :: self._world]
+        shards.write(folder, rank, pieces, self._state)
 
     def load(self, folder: Path) -> None:
-        """Goes on from what `save` wrote at the same stage and world size."""
-        path, _ = self._engine.load_checkpoint(str(folder), tag="state")
-        if path is None:
-            raise FileNotFoundError(f"{folder}: DeepSpeed found no state to load")
+        """Goes on from what `save` wrote at any stage and world size."""
+        shards.read(folder, self._pieces(), self._state)
+        zero = self._engine.optimizer
+        if self._stage in (1, 2):
+            zero.update_lp_params()
+        elif self._stage == 3:
+            zero.checkpoint_event_prologue()
+            for index in range(len(self._masters)):
+                zero._reassign_or_swap_out_partitioned_parameters(index)
+            zero.checkpoint_event_epilogue()
+
+    @property
+    def _masters(self) -> list[torch.Tensor]:
+        """The flat fp32 tensors that this rank's optimizer sees; there are none at stage 0."""
+        zero = self._engine.optimizer
+        masters: list[torch.Tensor] = (
+            zero.fp32_partitioned_groups_flat
+            if self._stage == 3
+            else zero.single_partition_of_fp32_groups
+        )
+        return masters
+
+    @property
+    def _state(self) -> shards.State:
+        optimizer = self._engine.optimizer
+        state: shards.State = (optimizer if self._stage == 0 else optimizer.optimizer).state
+        return state
+
+    def _pieces(self) -> list[shards.Piece]:
+        """What of the trained parameters this rank's optimizer sees."""
+        named = [(n, p) for n, p in self._engine.module.named_parameters() if p.requires_grad]
+        if self._stage == 0:
+            return [shards.Piece(name, 0, p.numel(), p.numel(), p, 0) for name, p in named]
+        where = self._at_stage_3 if self._stage == 3 else self._at_stages_1_and_2
+        return [piece for name, p in named for piece in where(name, p)]
+
+    def _at_stages_1_and_2(self, name: str, p: Any) -> Iterator[shards.Piece]:
+        if (where := p._hp_mapping) is not None:
+            part, place = where.lp_fragment_address, where.hp_fragment_address
+            flat = self._masters[where.param_group_index]
+            yield shards.Piece(name, part.start, part.numel, p.numel(), flat, place.start)
+
+    def _at_stage_3(self, name: str, p: Any) -> Iterator[shards.Piece]:
+        zero = self._engine.optimizer
+        index, offset, share = zero.grad_position[zero.get_param_id(p)]
+        start = torch.distributed.get_rank() * share
+        if (count := min(share, p.ds_numel - start)) > 0:  # the last shares are padded
+            yield shards.Piece(name, start, count, p.ds_numel, self._masters[index], offset)
 
 
 def _groups(module: nn.Module, apart: nn.Module | None) -> list[dict[str, Any]]:

@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from ppo_dist import device, files
 from ppo_dist.config import Config
+from ppo_dist.learner import shards
 from ppo_dist.learner.engine import ZeroEngine, barrier, frozen, model_dtype, sharded
 from ppo_dist.models.critic import load_critic
 from ppo_dist.models.lora import adapters_off, add_adapters, merged
@@ -81,7 +83,7 @@ class Roles:
             shutil.copytree(
                 self._reference_folder, folder / "reference", copy_function=files.link_or_copy
             )
-        torch.save(torch.get_rng_state(), folder / f"random-{self._rank}.pt")
+        save_file({"state": torch.get_rng_state()}, folder / f"random-{self._rank}.safetensors")
         barrier()
 
     def sleep(self) -> None:
@@ -166,7 +168,17 @@ class Roles:
         if (folder / "critic").exists():
             self.critic = self._load_critic(self._config.critic.path or self._model_path)
             self.critic.load(folder / "critic")
-        torch.set_rng_state(torch.load(folder / f"random-{self._rank}.pt", weights_only=True))
+        self._resume_random(folder)
+
+    def _resume_random(self, folder: Path) -> None:
+        """This rank's random state. Where there are more or fewer ranks than wrote, each starts
+        anew, from what the first one's would draw next.
+        """
+        is_same = shards.ranks(folder / "policy") == torch.distributed.get_world_size()
+        rank = self._rank if is_same else 0
+        torch.set_rng_state(load_file(folder / f"random-{rank}.safetensors")["state"])
+        if not is_same:
+            torch.manual_seed(int(torch.randint(2**62, ())) + self._rank)
 
     def _own_reference(self, kept: Path) -> Path:
         """A checkpoint's reference as the run's own: checkpoints come and go."""

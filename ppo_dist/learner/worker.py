@@ -81,7 +81,8 @@ class LearnerWorker:
         self, config: Config, model_path: str, sender: WeightSender, seat: Seat, resume: Path | None
     ) -> None:
         self._device = device.prepare(seat.device, config.learner.threads)
-        join_group(seat.rank, seat.world, seat.address, seat.port, seat.device)
+        deadline_s = config.learner.deadline_s
+        join_group(seat.rank, seat.world, seat.address, seat.port, seat.device, deadline_s)
         torch.manual_seed(config.run.seed + seat.rank)
         self._config, self._seat, self._sender = config, seat, sender
         self._reuses_logprobs = reuses_logprobs(config)

@@ -18,15 +18,16 @@ class RolloutWorker:
     asks for them.
     """
 
-    def __init__(self, receiver: WeightReceiver) -> None:
-        self._receiver = receiver
+    def __init__(self, receiver: WeightReceiver, make_engine: Callable[[], RolloutEngine]) -> None:
+        """The model is not loaded yet; see `start`."""
+        self._receiver, self._make_engine = receiver, make_engine
         self._received: dict[int, Weights] = {}
         self._loaded: int | None = 0  # the model as it is on disk
         self._is_asleep = False
 
-    def start(self, make_engine: Callable[[], RolloutEngine]) -> None:
-        """Loads the model. Versions can be received before."""
-        self._engine = make_engine()
+    def start(self, anew: bool = False) -> None:
+        """Loads the model, for the first time or anew. Versions can be received before."""
+        self._engine = self._make_engine()
 
     def receive(self, weights: Weights, deadline_s: float = 0.0) -> None:
         """Waits for a version and keeps it for the chunks that will ask for it.

@@ -43,6 +43,9 @@ class Writer:
         self.tokens_R = np.arange(RESPONSE)
         self.logprobs_R = np.full(RESPONSE, -1.0, np.float32)
 
+    def start(self, anew: bool) -> None:
+        pass
+
     def receive(self, weights: Weights) -> None:
         pass
 
@@ -183,11 +186,8 @@ def with_actors(workers: int, world: int, steps: int = 3) -> float:
         made = config(Path(folder), workers, steps + 1)
         wanted = layout(made, [Node(workers, 0)], has_learners=False)
         with reserved(made, wanted) as (_, places, _):
-            crew = Crew(places, Engine, StoreReceiver, 60.0)
-            remote = [RemoteWorker(crew, slot) for slot in places.slots]
-            for worker in remote:
-                worker.start()
-            pool = Pool(remote, keep=2)
+            crew = Crew(made, places, Engine, StoreReceiver)
+            pool = Pool([RemoteWorker(crew, slot) for slot in places.slots], keep=2)
             seconds = _steps(loop(made, pool, RayRanks(world)), steps)
             pool.close()
     return seconds

@@ -102,7 +102,7 @@ def test_a_damaged_checkpoint_is_skipped_and_named(tmp_path: Path) -> None:
     raw = raw_config(folder, train=train_keys, eval={"every": 1})
     assert run(Config.model_validate(raw)) == 0
     newest = folder / "checkpoints" / "step-00000003"
-    victim = next(p for p in sorted(newest.rglob("*.pt")))
+    victim = next(p for p in sorted(newest.rglob("*.safetensors")))
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 1
     victim.write_bytes(bytes(content))

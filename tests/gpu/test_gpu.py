@@ -75,7 +75,7 @@ def test_learner_and_rollout_worker_take_turns_on_one_gpu(tmp_path: Path, stage:
 def test_a_learner_that_sleeps_frees_memory(tmp_path: Path, stage: int) -> None:
     """Master weights and Adam's two moments: 12 bytes a parameter in bf16."""
     module = torch.nn.Linear(1000, 1000, bias=False, dtype=torch.bfloat16)
-    join_group(0, 1, "127.0.0.1", 0, "cuda")
+    join_group(0, 1, "127.0.0.1", 0, "cuda", 60)
     learner = LearnerSection(zero_stage=stage, dtype="bf16")
     engine = ZeroEngine(module, learner, 0.0)
     row = torch.ones(1, 1000, dtype=torch.bfloat16, device="cuda")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ def test_two_workers_give_what_one_process_gives(
     path = classifier(tmp_path / "rm", base)
     expected = scores_of(path, base).score(rollouts(base))
     model = {"kind": "model", "path": str(path), "workers": 2, "batch_tokens": 16}
-    raw = raw_config(tmp_path, reward={"verifiable": model}, cluster={"kind": "ray"})
+    raw = raw_config(tmp_path, reward={"verifiable": model}, cluster={"kind": "ray", "restarts": 1})
     made: list[judges.Judges] = []
     start = judges.Judges.__init__
 
@@ -39,5 +40,10 @@ def test_two_workers_give_what_one_process_gives(
         (own,) = made
         assert len(own._actors) == 2
         ray.kill(own._actors[1])
+        assert source.score(rollouts(base)) == found, "it is asked again in its new process"
+        ray.kill(own._actors[1])
         with pytest.raises(RunError, match=r"the reward model .*rm failed"):
             source.score(rollouts(base))
+    failed, restarted, again = map(json.loads, (tmp_path / "events.jsonl").read_text().splitlines())
+    assert failed["event"] == again["event"] == "reward_worker_failed" and failed["worker"] == 1
+    assert restarted["event"] == "reward_worker_restarted" and restarted["seconds"] < 60

@@ -140,6 +140,9 @@ class SleepyWorker:
         self._engine, self._seconds = FakeEngine(), seconds
         self._received: dict[int, Weights] = {}
 
+    def start(self, anew: bool) -> None:
+        pass
+
     def receive(self, weights: Weights) -> None:
         self._received[weights.version] = weights
 

@@ -5,17 +5,24 @@ failed.
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 
-from ppo_dist.config import RunError
+from ppo_dist.config import RunError, WorkersLost
+from ppo_dist.config.workers import Cluster
 from ppo_dist.data.chunks import chunks
-from ppo_dist.rollout.pool import Pool, WorkerError
+from ppo_dist.rollout.members import WorkerError
+from ppo_dist.rollout.pool import Pool
 from ppo_dist.types import Chunk, Prompt, Rollout, Sampling, Weights
 from tests.fakes import FakeEngine
 
+FAILED, RESTARTED, LEFT_OUT = (
+    f"rollout_worker_{what}" for what in ("failed", "restarted", "left_out")
+)
 PROMPTS = [Prompt(f"p:{i}", "verifiable", "", np.arange(3, 5 + i)) for i in range(6)]
 
 
@@ -33,18 +40,32 @@ class Fragile:
         self.refuses: set[int] = set()
         self.crashes = 0
         self.wrong: list[int] = []
-        self.replaced = 0
+        self.starts: list[bool] = []
         self.naps = 0
         self.breaks = False
         self.gate: threading.Event | None = None
+        self.opens = threading.Event()  # before that no engine starts
+        self.opens.set()
         self.served: list[int] = []
+        self.asked = threading.Event()
+        self.hangs_at: set[int] = set()  # versions that it is lost over, once
+
+    def start(self, anew: bool) -> None:
+        self.starts.append(anew)
+        self.opens.wait(10)
+        if anew:
+            self.received = {0}
 
     def receive(self, weights: Weights) -> None:
         if weights.version in self.refuses:
             raise WorkerError("refused")
+        if weights.version in self.hangs_at:
+            self.hangs_at.remove(weights.version)
+            raise WorkerError("no answer", is_lost=True)
         self.received.add(weights.version)
 
     def timed(self, chunk: Chunk) -> tuple[list[Rollout], float]:
+        self.asked.set()
         if self.gate is not None:
             self.gate.wait(10)
         if self.breaks:
@@ -53,7 +74,7 @@ class Fragile:
             self.wrong.append(chunk.version)
         if self.crashes:
             self.crashes -= 1
-            raise WorkerError("crashed", self._replace)
+            raise WorkerError("crashed", is_lost=True)
         self.served.append(chunk.version)
         engine = FakeEngine()
         engine.version = chunk.version
@@ -62,23 +83,36 @@ class Fragile:
     def sleep(self) -> None:
         if self.crashes:
             self.crashes -= 1
-            raise WorkerError("crashed", self._replace)
+            raise WorkerError("crashed", is_lost=True)
         if self.breaks:
             raise WorkerError("no engine", is_final=True)
         self.naps += 1
 
-    def _replace(self) -> None:
-        self.replaced += 1
-        self.received = {0}
+    @property
+    def replaced(self) -> int:
+        return sum(self.starts)
 
 
-def pool(count: int, keep: int = 2) -> tuple[Pool, list[Fragile], list[dict[str, Any]]]:
+AT_ONCE = Cluster(backoff_s=0)
+
+
+def pool(
+    count: int, keep: int = 2, limits: Cluster = AT_ONCE
+) -> tuple[Pool, list[Fragile], list[dict[str, Any]]]:
     workers, events = [Fragile() for _ in range(count)], []
 
     def note(event: str, **details: Any) -> None:
         events.append({"event": event, **details})
 
-    return Pool(workers, keep, note), workers, events
+    return Pool(workers, keep, note, limits=limits), workers, events
+
+
+def eventually(is_so: Callable[[], bool]) -> None:
+    """For what the pool does beside what it is asked."""
+    end = time.monotonic() + 10
+    while not is_so():
+        assert time.monotonic() < end
+        time.sleep(0.005)
 
 
 def uids(rollouts: list[Rollout]) -> list[str]:
@@ -115,7 +149,7 @@ def test_nobody_has_a_version_that_was_sent_once() -> None:
     for worker in workers:
         worker.refuses = {1}
     assert not made.load(Weights(1, (), again=False))
-    with pytest.raises(RunError, match="none has version 1"):
+    with pytest.raises(WorkersLost, match="none has version 1"):
         made.collect(made.submit(work(1)))
 
 
@@ -125,8 +159,11 @@ def test_a_crashed_worker_is_replaced_and_its_chunk_done_again() -> None:
     workers[0].crashes = 1
     rollouts = made.collect(made.submit(work(1)))
     assert uids(rollouts) == wanted(1)
-    assert workers[0].replaced == 1 and workers[0].wrong == []
-    assert [event["reason"] for event in events] == ["crashed"]
+    assert workers[0].starts == [False, True] and workers[0].wrong == []
+    eventually(lambda: len(events) == 2)
+    assert [event["event"] for event in events] == [FAILED, RESTARTED]
+    assert events[0]["reason"] == "crashed" and events[0]["version"] == 1
+    assert events[1]["state"] == "healthy" and 0 <= events[1]["seconds"] < 10
 
 
 def test_a_chunk_that_always_fails_ends_it() -> None:
@@ -175,17 +212,18 @@ def test_a_worker_that_cannot_start_is_left_out() -> None:
         ticket = own.submit(work(version))
         threading.Timer(0.1, workers[1].gate.set).start()  # until then the other alone is free
         assert len(own.collect(ticket)) == 6
-    assert len([e for e in events if e["worker"] == 0]) == 1, "it is asked once"
+    assert [e["event"] for e in events if e["worker"] == 0] == [FAILED, LEFT_OUT], "asked once"
     workers[1].breaks = True
     with pytest.raises(RunError, match="none is left; the last one: no engine"):
         own.collect(own.submit(work(1)))
-    assert not own.load(Weights(2, ()))
+    with pytest.raises(RunError, match="none is left"):
+        own.load(Weights(2, ()))
     own.close()
 
 
 def test_workers_that_take_turns_sleep_when_nothing_is_left_to_do() -> None:
     workers = [Fragile(), Fragile()]
-    own = Pool(workers, 2, takes_turns=True)
+    own = Pool(workers, 2, takes_turns=True, limits=AT_ONCE)
     first, second = own.submit(work(0)[:1]), own.submit(work(0)[1:])
     own.collect(first)
     assert [w.naps for w in workers] == [0, 0], "there is still something to generate"
@@ -200,4 +238,96 @@ def test_workers_that_take_turns_sleep_when_nothing_is_left_to_do() -> None:
     workers[1].breaks = True
     with pytest.raises(RunError, match="no engine"):
         own.sleep()
+    own.close()
+
+
+def test_the_others_go_on_while_a_new_worker_starts() -> None:
+    own, workers, events = pool(2)
+    assert own.load(Weights(1, ()))
+    workers[0].crashes = 1
+    workers[0].opens.clear()
+    assert uids(own.collect(own.submit(work(1)))) == wanted(1)
+    assert own.load(Weights(2, ())) and 2 not in workers[0].received, "it is not there yet"
+    assert uids(own.collect(own.submit(work(2)))) == wanted(2)
+    workers[0].opens.set()
+    eventually(lambda: events[-1]["event"] == RESTARTED)
+    assert 2 in workers[0].received, "it has been given the newest before anybody asks"
+    workers[1].gate = threading.Event()
+    ticket = own.submit(work(2))
+    eventually(lambda: len(workers[0].served) >= 5)
+    workers[1].gate.set()
+    own.collect(ticket)
+    assert all(worker.wrong == [] for worker in workers)
+    own.close()
+
+
+def test_a_version_waits_for_the_only_worker_to_be_back() -> None:
+    own, workers, _ = pool(1)
+    assert own.load(Weights(1, (), again=False))
+    workers[0].crashes = 1
+    with pytest.raises(WorkersLost, match="none has version 1 any more"):
+        own.collect(own.submit(work(1)[:1]))
+    workers[0].refuses = {2}
+    assert not own.load(Weights(2, (), again=False)), "it is there, and can be sent it once more"
+    workers[0].refuses = set()
+    assert own.load(Weights(2, (), again=False))
+    own.collect(own.submit(work(2)))
+    assert workers[0].wrong == []
+    own.close()
+
+
+def test_a_worker_whose_restarts_are_used_up_is_left_out() -> None:
+    own, workers, events = pool(2, limits=Cluster(backoff_s=0, restarts=1))
+    assert own.load(Weights(1, ()))
+    workers[0].crashes, workers[1].gate = 100, threading.Event()
+    ticket = own.submit(work(1)[:2])
+    eventually(lambda: bool(events) and events[-1]["event"] == LEFT_OUT)
+    workers[1].gate.set()
+    assert uids(own.collect(ticket)) == wanted(1)[:2], "the other does it"
+    assert [e["event"] for e in events] == [FAILED, RESTARTED, FAILED, LEFT_OUT]
+    assert own.load(Weights(2, ())) and 2 not in workers[0].received
+    workers[1].crashes = 100
+    with pytest.raises(RunError, match="none is left; the last one: crashed"):
+        own.collect(own.submit(work(2)[:1]))
+    own.close()
+
+
+def test_a_new_worker_serves_the_version_on_disk_where_none_was_loaded() -> None:
+    own, workers, _ = pool(1)
+    workers[0].crashes = 1
+    assert uids(own.collect(own.submit(work(0)))) == wanted(0)
+    assert workers[0].replaced == 1
+    own.close()
+
+
+def test_what_nobody_expects_while_a_worker_starts_is_raised_where_somebody_waits() -> None:
+    own, workers, _ = pool(1)
+    workers[0].crashes = 1
+
+    def full(event: str, **details: Any) -> None:
+        if event == RESTARTED:
+            raise OSError("no space left on device")
+
+    own._members._note = full
+    ticket = own.submit(work(0)[:1])
+    with pytest.raises(OSError, match="no space left"):
+        own.collect(ticket)
+        own.sleep()
+        own._members.wait(lambda: False)
+    own.close()
+
+
+def test_late_news_of_a_process_that_is_gone_change_nothing() -> None:
+    own, workers, events = pool(1)
+    assert own.load(Weights(0, ()))
+    workers[0].gate, workers[0].hangs_at = threading.Event(), {1}
+    ticket = own.submit(work(0)[:1])
+    assert workers[0].asked.wait(10)
+    assert own.load(Weights(1, ())), "the new one has been given it"
+    eventually(lambda: events[-1]["event"] == RESTARTED)
+    workers[0].crashes = 1  # what the old one was asked fails too
+    workers[0].gate.set()
+    assert len(own.collect(ticket)) == 1
+    assert [e["event"] for e in events] == [FAILED, RESTARTED]
+    assert workers[0].starts == [False, True] and workers[0].wrong == []
     own.close()

@@ -1,0 +1,99 @@
+"""A run that goes on from its last checkpoint when its learners are lost, just as if it had been
+stopped and resumed there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ppo_dist.config import Config, InputError, RunError, WorkersLost
+from ppo_dist.coordinator.loop import Loop, Memory, Outcome
+from ppo_dist.coordinator.state import Checkpoints, RunState, read_state
+from ppo_dist.journey import Encoded, Journey, remembered
+from ppo_dist.protocols import Tracker
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins or goes on: the learners' checkpoint, if any, and what the coordinator
+    remembers with it.
+
+    Example: Start(checkpoint=Path("runs/mine/checkpoints/step-00000010"), state=RunState(step=10,
+    …), saved={"schedule": {…}, …})
+    """
+
+    checkpoint: Path | None = None
+    state: RunState = field(default_factory=RunState)
+    saved: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """A run that outlives its learners. `open_tracker` keeps rows up to a start's step alone."""
+
+    config: Config
+    model_path: str
+    encoded: Encoded
+    open_tracker: Callable[[Start], Tracker]
+
+    def run(self, start: Start, interrupted: Callable[[], bool]) -> tuple[Outcome, Loop]:
+        """To the last step or a stop.
+
+        Raises:
+            InputError: a start does not go with this config and this data, or the cluster does not.
+            RunError: learners were lost too often without a newer checkpoint in between, or cannot
+                be started anew; or other workers failed for good.
+        """
+        cluster, lost, lost_at = self.config.cluster, 0, None
+        while True:
+            try:
+                return self._journey(start, lost_at, interrupted)
+            except WorkersLost as error:
+                lost_at, before = time.monotonic(), start
+                start = self._newest(before)
+                lost = lost + 1 if start is before else 1
+                if lost > cluster.restarts:
+                    raise RunError(
+                        f"{error} ({lost} times lost without a newer checkpoint in between)"
+                    ) from error
+                time.sleep(cluster.backoff_s * 2 ** (lost - 1))
+            except InputError as error:
+                if lost_at is None:
+                    raise
+                raise RunError(f"after learners were lost: {error}") from error
+
+    def _journey(
+        self, start: Start, lost_at: float | None, interrupted: Callable[[], bool]
+    ) -> tuple[Outcome, Loop]:
+        memory = self._memory(start)
+        with contextlib.closing(self.open_tracker(start)) as tracker:
+            journey = Journey(self.config, self.model_path, self.encoded, memory, tracker, lost_at)
+            return journey.run(start.checkpoint, start.state, interrupted)
+
+    def _memory(self, start: Start) -> Memory:
+        memory = remembered(self.config, self.encoded)
+        if start.checkpoint is not None:
+            try:
+                memory.load_state_dict(start.saved)
+            except (ValueError, KeyError) as error:
+                raise InputError(
+                    f"{start.checkpoint}: does not go with this config and this data: {error}"
+                ) from None
+        return memory
+
+    def _newest(self, start: Start) -> Start:
+        """The newest whole checkpoint since a start, or that start."""
+        checkpoints = Checkpoints(Path(self.config.run.dir), self.config.train.keep_checkpoints)
+        newest, _ = checkpoints.newest_whole()
+        if newest is None:
+            return start
+        state, saved = read_state(newest)
+        if state.step <= start.state.step:
+            return start
+        checkpoints.set_aside_after(state.step)
+        return Start(newest, state, saved)

@@ -1,0 +1,132 @@
+"""A run over several nodes, each with a network of its own, whose cables are cut and which die: the
+numbers are those of a run on one machine.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import raw_config
+from tests.nodes.net import network, why_not
+from tests.nodes.rig import Cluster, environment, training
+
+pytestmark = pytest.mark.slow
+# learners take 3 and rollout workers 1, so that they fill a, b and c; d is for one that is lost
+CPUS = {"a": 3, "b": 4, "c": 1, "d": 1}
+VICTIM, SPARE = "c", "d"
+KINDS = ["store", "collective"]
+STEPS = 150  # a worker that is lost should be back before the last one
+START_S, RESTART_S, END_S = 180, 120, 300
+CUT_S = 12.0  # shorter than Ray needs to take the node for dead, see rig.RAY
+
+
+def config(folder: Path, kind: str, is_hasty: bool = False, **cluster: Any) -> dict[str, Any]:
+    """A run with two learners and two rollout workers; a hasty one has deadlines that a cut cable
+    makes it miss.
+    """
+    return raw_config(
+        folder,
+        train={"steps": STEPS},
+        learner={"workers": 2, "cpus": 3, "optimizer": "sgd", "lr": 0.005, "critic_lr": 0.005},
+        rollout={
+            "workers": 2,
+            "group_size": 2,
+            "max_new_tokens": 6,
+            "chunk": 2,
+            "deadline_s": 8 if is_hasty else 600,
+        },
+        transport={"kind": kind, "deadline_s": 4 if is_hasty else 60},
+        cluster={"kind": "ray", "wait_s": 60, **cluster},
+    )
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Metrics of the run on one machine."""
+    raw = config(tmp_path_factory.mktemp("one") / "run", "store", cpus=8)
+    with training(raw, environment()) as run:
+        run.end(END_S)
+        return run.numbers()
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Cluster]:
+    if reason := why_not():
+        pytest.skip(f"no network namespaces here: {reason}")
+    folder = Path(tempfile.mkdtemp(prefix="nodes-"))  # sockets have short names
+    with network(list(CPUS)) as hosts:
+        yield Cluster(hosts, CPUS, folder)
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def cluster(nodes: Cluster) -> Iterator[Cluster]:
+    """Three nodes, all well."""
+    for name in CPUS:
+        nodes.hosts[name].heal()
+        if name != SPARE and not nodes.runs(name):
+            nodes.start(name)
+    yield nodes
+    for name in (VICTIM, SPARE):  # Ray may have taken it for dead, so that it is about to end
+        if nodes.runs(name):
+            nodes.kill(name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_workers_on_three_nodes(
+    cluster: Cluster, tmp_path: Path, expected: list[dict[str, Any]], kind: str
+) -> None:
+    with cluster.train(config(tmp_path / "run", kind)) as run:
+        run.wait(run.rows, START_S)
+        assert cluster.actors() == {
+            "a": {"LearnerActor": 1},
+            "b": {"LearnerActor": 1, "RolloutActor": 1},
+            "c": {"RolloutActor": 1},
+            "d": {},
+        }
+        run.end(END_S)
+        assert run.numbers() == expected
+        assert not run.events("rollout_worker_failed")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("is_hasty", [False, True])
+def test_a_cable_is_cut_and_healed(
+    cluster: Cluster, tmp_path: Path, expected: list[dict[str, Any]], kind: str, is_hasty: bool
+) -> None:
+    """The run waits for the worker, or gives its work to the other."""
+    with cluster.train(config(tmp_path / "run", kind, is_hasty)) as run:
+        run.wait(lambda: len(run.rows()) > 3, START_S)
+        cluster.hosts[VICTIM].cut()
+        time.sleep(CUT_S)
+        cluster.hosts[VICTIM].heal()
+        run.end(END_S)
+        assert run.numbers() == expected
+        assert bool(run.events("rollout_worker_failed")) == is_hasty
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("how", ["killed", "cut off"])
+def test_a_node_is_lost(
+    cluster: Cluster, tmp_path: Path, expected: list[dict[str, Any]], kind: str, how: str
+) -> None:
+    """Its worker is started anew on a node that has joined meanwhile."""
+    with cluster.train(config(tmp_path / "run", kind, is_hasty=True)) as run:
+        run.wait(lambda: cluster.actors()[VICTIM], START_S)
+        cluster.start(SPARE)
+        run.wait(lambda: len(run.rows()) > 3, START_S)
+        if how == "killed":
+            cluster.kill(VICTIM)
+        else:
+            cluster.hosts[VICTIM].cut()
+        run.wait(lambda: run.events("rollout_worker_restarted"), RESTART_S)
+        assert cluster.actors()[SPARE] == {"RolloutActor": 1}
+        run.end(END_S)
+        assert run.numbers() == expected
