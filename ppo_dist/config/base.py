@@ -4,9 +4,10 @@ with the step.
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Origin = Literal["labelled", "verifiable", "unlabelled"]
 ORIGINS: tuple[Origin, ...] = ("labelled", "verifiable", "unlabelled")
@@ -18,6 +19,19 @@ class InputError(Exception):
 
 class RunError(Exception):
     """A run whose workers failed for good: printed as one line, exit code 1; it can be resumed."""
+
+
+def _as_path(value: str) -> str:
+    try:
+        parts = os.fsencode(value).split(b"/")
+    except UnicodeEncodeError:
+        raise ValueError("no file can have this name: it holds half of a character") from None
+    if not value or "\0" in value or max(map(len, parts)) > 255 or len(value) > 4000:
+        raise ValueError("no file can have this name")
+    return value
+
+
+FilePath = Annotated[str, AfterValidator(_as_path)]
 
 
 class Section(BaseModel):
