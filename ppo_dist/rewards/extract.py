@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import signal
 import threading
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 from ppo_dist.config.reward import AnyExtract, ExtractAfter, FunctionOf
 from ppo_dist.rewards.user import load_function
@@ -12,6 +14,8 @@ from ppo_dist.rewards.user import load_function
 LATEX = re.compile(r"[\\^_{}()\[\]=<>]")
 MARKED = re.compile(r"\$|\\boxed")
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
+PATIENCE_S = 5
+T = TypeVar("T")
 
 
 def extractor(extract: AnyExtract) -> Callable[[str], str | None]:
@@ -90,6 +94,28 @@ def is_same_mathematics(text: str, answer: str) -> bool:
     return bool(verify(gold, parse(text, parsing_timeout=limit), timeout_seconds=limit))
 
 
+def in_time(work: Callable[[], T]) -> T:
+    """What the work gives.
+
+    Raises:
+        TimeoutError: it takes too long. Only in the main thread, which alone can be interrupted.
+    """
+    limit_s = _patience_s()
+    if limit_s is None:
+        return work()
+
+    def late(number: int, frame: Any) -> None:
+        raise TimeoutError(f"took longer than {limit_s} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, limit_s)
+    try:
+        return work()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def _patience_s() -> int | None:
-    """math-verify stops a hopeless expression by a signal, which only the main thread can get."""
-    return 5 if threading.current_thread() is threading.main_thread() else None
+    """math-verify, too, stops a hopeless expression by a signal, for the main thread alone."""
+    return PATIENCE_S if threading.current_thread() is threading.main_thread() else None
