@@ -7,13 +7,13 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal
 
-from ppo_dist.config.base import InputError, Origin
+from ppo_dist.config.base import InputError, Origin, RunError
 from ppo_dist.config.reward import ExactReward, FunctionReward, NumericReward, RegexReward
 from ppo_dist.protocols import RewardSource
-from ppo_dist.rewards.extract import extractor, is_same_mathematics
+from ppo_dist.rewards.extract import extractor, in_time, is_same_mathematics
 from ppo_dist.rewards.user import load_function
 from ppo_dist.types import Rollout, Score
 
@@ -111,7 +111,8 @@ def regex(rule: RegexReward) -> Judge:
         pattern = re.compile(rule.pattern)
     except re.error as error:
         raise InputError(f"reward: {rule.pattern!r} is not a regular expression: {error}") from None
-    return lambda rollout: float(pattern.search(rollout.text) is not None)
+    # a pattern may take for ever on a text that was not thought of
+    return lambda rollout: float(in_time(lambda: pattern.search(rollout.text)) is not None)
 
 
 def _answer(rollout: Rollout) -> str:
@@ -134,12 +135,19 @@ class WeightedSum:
         return [self._sum(row) for row in zip(*columns, strict=True)]
 
     def _sum(self, row: tuple[Score, ...]) -> Score:
-        value = math.fsum(
+        value = _total(
             weight * score.value for (weight, _), score in zip(self._parts, row, strict=True)
         )
         fault = next((score.fault for score in row if score.fault), None)
         ballot = next((score.ballot for score in row if score.ballot), None)
         return Score(value, "+".join(score.source for score in row), fault, ballot)
+
+
+def _total(terms: Iterable[float]) -> float:
+    try:
+        return math.fsum(terms)
+    except (OverflowError, ValueError):  # above the largest number, or inf − inf
+        return math.nan
 
 
 class ByOrigin:
@@ -149,9 +157,22 @@ class ByOrigin:
         self._sources = sources
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
-        """See RewardSource."""
+        """See RewardSource.
+
+        Raises:
+            RunError: a score is not finite, as of a broken reward model; names source and response.
+        """
         scores: dict[int, Score] = {}
         for origin, source in self._sources.items():
             members = [i for i, rollout in enumerate(rollouts) if rollout.prompt.origin == origin]
             scores.update(zip(members, source.score([rollouts[i] for i in members]), strict=True))
-        return [scores[i] for i in range(len(rollouts))]
+        return [_finite(scores[i], rollout) for i, rollout in enumerate(rollouts)]
+
+
+def _finite(score: Score, rollout: Rollout) -> Score:
+    if math.isfinite(score.value):
+        return score
+    raise RunError(
+        f"reward {score.source} gave {score.value} to {rollout.prompt.uid}, response "
+        f"{rollout.text[:200]!r}: nothing can be learned from that"
+    )

@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
 from ppo_dist.config import RunError
+from ppo_dist.protocols import WeightsError
 from ppo_dist.types import Chunk, Rollout, Weights
 
 ATTEMPTS = 3
@@ -97,7 +98,7 @@ class Pool:
         """See RolloutPool."""
         try:
             done = [future.result() for future in self._underway.pop(ticket)]
-        except WorkerError as error:
+        except (WorkerError, WeightsError) as error:
             raise RunError(f"rollout workers: {error}") from None
         self._busy += sum(seconds for _, seconds in done)
         if self._takes_turns and not self._underway:
