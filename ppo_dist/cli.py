@@ -5,17 +5,21 @@ submit.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import TextIO, TypeAlias, cast
 
 from ppo_dist import submit as submission
 from ppo_dist.config import InputError, RunError
 from ppo_dist.config.load import load
+from ppo_dist.config.redact import Redacting
 
-EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
+EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
@@ -34,6 +38,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest:
         arguments.overrides += rest
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    with (
+        contextlib.redirect_stdout(cast(TextIO, Redacting(sys.stdout))),
+        contextlib.redirect_stderr(cast(TextIO, Redacting(sys.stderr))),
+    ):
+        return _exit_code(arguments)
+
+
+def _exit_code(arguments: argparse.Namespace) -> int:
+    # before a run's own loop there is nothing to save: SIGTERM ends it as Ctrl-C does
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         code: int = arguments.run(arguments)
     except InputError as error:
@@ -41,6 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_BAD_INPUT
     except RunError as error:
         print(f"ppo-dist: {error} (`--resume` goes on from the last checkpoint)", file=sys.stderr)
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        print("ppo-dist: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except Exception:  # a fault of ours: here, since outside its credentials would be shown
+        traceback.print_exc()
         return EXIT_FAILED
     return code
 

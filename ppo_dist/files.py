@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 MANIFEST = "manifest.json"
+WRITING, OLD = ".writing", ".old"
+DISK_FAULTS = [os.strerror(n) for n in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)]
+TORCH_WRITER = "inline_container.cc"  # all that torch says of a file that it could not write
 
 
 def link_or_copy(source: str, target: str) -> None:
@@ -19,43 +25,138 @@ def link_or_copy(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-def replace(aside: Path, folder: Path) -> None:
-    """Puts a finished folder in the place of an older one."""
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    aside.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+@contextlib.contextmanager
+def aside(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which takes the place of `folder` at the end. If the writing fails,
+    nothing is left of it.
+    """
+    made = _aside(folder)
+    shutil.rmtree(made, ignore_errors=True)
+    try:
+        made.mkdir(parents=True)
+        yield made
+        replace(made, folder)
+    except BaseException:
+        shutil.rmtree(made, ignore_errors=True)
+        raise
 
 
-def seal(aside: Path, folder: Path) -> None:
-    """Writes the manifest of a finished checkpoint, flushes all to disk and gives it its name."""
-    files = sorted(p for p in aside.rglob("*") if p.is_file())
-    sums = {str(p.relative_to(aside)): _digest(p) for p in files}
-    manifest = aside / MANIFEST
-    manifest.write_text(json.dumps(sums, indent=1))
-    for path in [*files, manifest, *{p.parent for p in files}, aside]:
-        _flush(path)
-    replace(aside, folder)
+@contextlib.contextmanager
+def sealed(folder: Path) -> Iterator[Path]:
+    """The same for a checkpoint: it gets a manifest of its files, and is flushed to the disk before
+    it has its name.
+    """
+    with aside(folder) as made:
+        yield made
+        _seal(made)
     _flush(folder.parent)
 
 
-def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, naming the part; None if it is whole."""
+def replace(made: Path, folder: Path) -> None:
+    """Puts a finished folder in the place of an older one."""
+    old = folder.with_name(f".{folder.name}{OLD}")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    made.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def remove(folder: Path) -> None:
+    """Removes a folder; if that is broken off, what is left does not look like one."""
+    doomed = _aside(folder)
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def tidy(parent: Path) -> None:
+    """Puts right what a process left in a folder that was killed while it wrote: an older folder
+    gets its name back if the new one had not taken it yet, all else that is unfinished goes.
+    """
+    for old in parent.glob(f".*{OLD}"):
+        folder = parent / old.name[1 : -len(OLD)]
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.rename(folder)
+    for unfinished in parent.glob(f".*{WRITING}"):
+        if unfinished.is_dir():
+            shutil.rmtree(unfinished, ignore_errors=True)
+        else:
+            unfinished.unlink()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    made = _aside(path)
     try:
-        sums = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError):
-        sums = None
-    if not isinstance(sums, dict):
+        made.write_text(text, encoding="utf-8")
+        _flush(made)
+        os.replace(made, path)
+    finally:
+        made.unlink(missing_ok=True)
+
+
+def damage(folder: Path, is_quick: bool = False) -> str | None:
+    """What is wrong with a checkpoint, naming the part; None if it is whole and has nothing inside
+    that is not its own. A quick look compares sizes alone.
+    """
+    manifest = folder / MANIFEST
+    try:  # a pipe in its place would never end
+        sums = json.loads(manifest.read_text(encoding="utf-8") if manifest.is_file() else "")
+        expected = {str(name): (told["bytes"], told["sha256"]) for name, told in sums.items()}
+    except (OSError, ValueError, RecursionError, AttributeError, LookupError, TypeError):
         return f"{folder.name}: {MANIFEST} is missing or unreadable"
-    for name, digest in sums.items():
-        path = folder / name
-        if not path.is_file():
+    found = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*"))}
+    for name, path in found.items():
+        if path.is_symlink():
+            return f"{folder.name}: {name} is a link"
+        if not path.is_dir() and name not in expected and name != MANIFEST:
+            return f"{folder.name}: {name} is not in {MANIFEST}"
+    for name, (size, digest) in expected.items():
+        if ".." in name.split("/") or name.startswith("/"):
+            return f"{folder.name}: {name} is not inside the folder"
+        if name not in found or not found[name].is_file():
             return f"{folder.name}: {name} is missing"
-        if _digest(path) != digest:
+        if found[name].stat().st_size != size:
+            return f"{folder.name}: {name} is damaged (its size differs)"
+        if not is_quick and _digest(found[name]) != digest:
             return f"{folder.name}: {name} is damaged (its checksum differs)"
     return None
+
+
+def disk_fault(error: BaseException) -> str | None:
+    """Why a disk did not take what was written, if that is what an error means, in whatever words
+    torch, safetensors or a worker have put it.
+    """
+    causes: list[BaseException] = []
+    following: BaseException | None = error
+    while following is not None and following not in causes:
+        causes.append(following)
+        following = following.__cause__ or following.__context__
+    for line in (line.strip() for cause in causes for line in str(cause).splitlines()):
+        if TORCH_WRITER in line:
+            return "torch could not write a file"
+        if any(fault in line for fault in DISK_FAULTS):
+            return line
+    return None
+
+
+def _seal(made: Path) -> None:
+    files = sorted(p for p in made.rglob("*") if p.is_file())
+    sums = {
+        p.relative_to(made).as_posix(): {"bytes": p.stat().st_size, "sha256": _digest(p)}
+        for p in files
+    }
+    manifest = made / MANIFEST
+    manifest.write_text(json.dumps(sums, indent=1), encoding="utf-8")
+    for path in [*files, manifest, *{p.parent for p in files}, made]:
+        _flush(path)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}{WRITING}")
 
 
 def _digest(path: Path) -> str:

@@ -6,15 +6,16 @@ import json
 import tempfile
 from pathlib import Path
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 
 from ppo_dist import build
 from ppo_dist.config import ORIGINS, Config, InputError
+from ppo_dist.config.load import merged, read_yaml, validated
 from ppo_dist.coordinator.experience import supervised
 from ppo_dist.coordinator.state import Checkpoints, read_state
 from ppo_dist.coordinator.watch import not_finite, read_update
+from ppo_dist.run import CONFIG
 from ppo_dist.tracking.metrics import Row
 from ppo_dist.types import Prompt
 
@@ -91,7 +92,7 @@ def evaluate(config: Config, policy: str | None, console: Console) -> None:
     if not config.data.held_out and not config.data.test:
         raise InputError("data.held_out and data.test are empty: there is nothing to evaluate on")
     path = policy or str(Path(config.run.dir) / "policy")
-    build.check_model(path)
+    build.check_model(path, config.model.trust_remote_code)
     config = build.located(config)
     path = build.absolute(path)
     encoded = encode(config, build.check(config), path)
@@ -161,8 +162,8 @@ def replay(update: Path, console: Console) -> None:
 
 
 def _config_of(run: Path) -> Config:
-    if not (run / "config.yaml").exists():
-        raise InputError(f"{run}: is not a run folder: it has no config.yaml")
-    raw = yaml.safe_load((run / "config.yaml").read_text())
-    raw["run"]["dir"] = str(run)  # wherever the folder is by now
-    return build.located(Config.model_validate(raw))
+    file = run / CONFIG
+    if not file.exists():
+        raise InputError(f"{run}: is not a run folder: it has no {CONFIG}")
+    raw = merged(read_yaml(file), {"run": {"dir": str(run)}})  # wherever the folder is by now
+    return build.located(validated(Config, raw, file))

@@ -56,9 +56,12 @@ def encode(config: Config, rows: build.Rows, model_path: str) -> Encoded:
     """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(
-        model_path, trust_remote_code=config.model.trust_remote_code
-    )
+    trust = config.model.trust_remote_code
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust)
+    except Exception as error:  # whatever it is, the user must mend the folder
+        reason = " ".join(str(error).split())
+        raise InputError(f"{model_path}: its tokenizer cannot be loaded: {reason}") from None
     encoder = Encoder(tokenizer, config.data)
     prompts = {origin: encoder.prompts(group, origin) for origin, group in rows.prompts.items()}
     encoded = Encoded(

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ppo_dist import files
 from ppo_dist.config import Config, InputError, RunError, WorkersLost
 from ppo_dist.coordinator.loop import Loop, Memory, Outcome
 from ppo_dist.coordinator.state import Checkpoints, RunState, read_state
@@ -46,14 +47,16 @@ class Recovery:
 
         Raises:
             InputError: a start does not go with this config and this data, or the cluster does not.
-            RunError: learners were lost too often without a newer checkpoint in between, or cannot
-                be started anew; or other workers failed for good.
+            RunError: learners were lost too often without a newer checkpoint in between, since the
+                disk is full, or cannot be started anew; or other workers failed for good.
         """
         cluster, lost, lost_at = self.config.cluster, 0, None
         while True:
             try:
                 return self._journey(start, lost_at, interrupted)
             except WorkersLost as error:
+                if files.disk_fault(error) is not None:
+                    raise  # they would fail again
                 lost_at, before = time.monotonic(), start
                 start = self._newest(before)
                 lost = lost + 1 if start is before else 1
@@ -80,7 +83,7 @@ class Recovery:
         if start.checkpoint is not None:
             try:
                 memory.load_state_dict(start.saved)
-            except (ValueError, KeyError) as error:
+            except (ValueError, LookupError, TypeError, AttributeError) as error:
                 raise InputError(
                     f"{start.checkpoint}: does not go with this config and this data: {error}"
                 ) from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import signal
 import threading
 from collections.abc import Iterator
@@ -13,19 +14,20 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from ppo_dist import build
+from ppo_dist import build, files
 from ppo_dist.config import Config, InputError, RunError
-from ppo_dist.config.load import dump
+from ppo_dist.config.load import dump, read_yaml
 from ppo_dist.coordinator.loop import Loop, Outcome
 from ppo_dist.coordinator.state import Checkpoints, RunState, read_state
 from ppo_dist.journey import encode
 from ppo_dist.learner import shards
+from ppo_dist.lock import only_run
 from ppo_dist.protocols import Tracker
 from ppo_dist.recovery import Recovery, Start
 from ppo_dist.tracking.console import Losable, Several, Terminal, summary
 from ppo_dist.tracking.local import JsonLines, read_rows, record_event
 
-SUMMARY = "summary.json"
+CONFIG, SUMMARY = "config.yaml", "summary.json"
 # a run can be resumed with other values of every key but these
 FIXED = (
     "model",
@@ -46,8 +48,9 @@ def train(config: Config, resume: bool | Path, console: Console) -> int:
     3 (it had to stop) or 130 (it was told to).
 
     Raises:
-        InputError: config, data, run folder or cluster do not allow it.
-        RunError: workers failed for good.
+        InputError: config, data, run folder or cluster do not allow it, or another run has the
+            folder.
+        RunError: workers or the disk failed for good.
     """
     folder = Path(config.run.dir)
     if _complete(folder, config):
@@ -58,9 +61,15 @@ def train(config: Config, resume: bool | Path, console: Console) -> int:
         return 0
     rows = build.check(config)
     build.check_servers(config)
+    with _disk_faults(folder), only_run(folder):
+        return _train(config, rows, resume, console)
+
+
+def _train(config: Config, rows: build.Rows, resume: bool | Path, console: Console) -> int:
+    folder = Path(config.run.dir)
+    files.tidy(folder)
     start = _starting_point(config, folder, resume, console)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(dump(config), encoding="utf-8")
+    files.write_text(folder / CONFIG, dump(config))
     config = build.located(config)
     model_path = build.model_folder(config, rows)
     encoded = encode(config, rows, model_path)
@@ -82,6 +91,28 @@ def train(config: Config, resume: bool | Path, console: Console) -> int:
     return _ended(folder, outcome, loop, console)
 
 
+@contextlib.contextmanager
+def _disk_faults(folder: Path) -> Iterator[None]:
+    """Turns whatever comes of a disk that takes nothing more into one clear error."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        reason = files.disk_fault(error)
+        if reason is None:
+            raise
+        free = shutil.disk_usage(folder).free / 1e6
+        needed = Checkpoints(folder, 1).newest_mb()
+        more = "" if needed is None else f", a checkpoint takes {needed:.1f}"
+        problem = RunError(
+            f"{folder}: cannot be written: {reason} ({free:.1f} MB are free on its disk{more})"
+        )
+        with contextlib.suppress(OSError):  # there may be room for a line, or not
+            record_event(folder, "failed", reason=str(problem))
+        raise problem from error
+
+
 def _ended(folder: Path, outcome: Outcome, loop: Loop, console: Console) -> int:
     """Records and tells how a run ended. Returns the exit code."""
     step = loop.state.step
@@ -99,12 +130,15 @@ def _ended(folder: Path, outcome: Outcome, loop: Loop, console: Console) -> int:
 
 def is_started(folder: Path) -> bool:
     """Whether a folder holds a run, complete or not."""
-    return (folder / "config.yaml").exists()
+    return (folder / CONFIG).exists()
 
 
 def _complete(folder: Path, config: Config) -> bool:
-    summary = folder / SUMMARY
-    return summary.exists() and json.loads(summary.read_text())["steps"] >= config.train.steps
+    try:
+        summary = json.loads((folder / SUMMARY).read_text())
+        return bool(summary["steps"] >= config.train.steps)
+    except (OSError, ValueError, LookupError, TypeError):  # none, or none that is whole
+        return False
 
 
 def _starting_point(config: Config, folder: Path, resume: bool | Path, console: Console) -> Start:
@@ -126,7 +160,7 @@ def _starting_point(config: Config, folder: Path, resume: bool | Path, console: 
         if chosen is None and problems:
             raise InputError(f"{folder}: no checkpoint is whole")
     if is_started(folder):
-        _compare(yaml.safe_load((folder / "config.yaml").read_text()), config)
+        _compare(read_yaml(folder / CONFIG), config)
     if chosen is None:
         console.print("no checkpoint yet: starting at step 0")
         return Start()
@@ -141,9 +175,11 @@ def _starting_point(config: Config, folder: Path, resume: bool | Path, console: 
 def _compare(before: dict[str, Any], config: Config) -> None:
     now = yaml.safe_load(dump(config))
     for key in FIXED:
-        old, new = before, now
+        old: Any = before
+        new = now
         for part in key.split("."):
-            old, new = old.get(part, {}), new[part]
+            old = old.get(part, {}) if isinstance(old, dict) else {}
+            new = new[part]
         if old != new:
             raise InputError(
                 f"{key} differs from the run's own (config.yaml in the run folder), "
@@ -181,7 +217,7 @@ def _finish(folder: Path, state: RunState, console: Console) -> None:
         "best_accuracy": state.best,
         "evaluations": evaluations,
     }
-    (folder / SUMMARY).write_text(json.dumps(written, indent=1))
+    files.write_text(folder / SUMMARY, json.dumps(written, indent=1))
     console.print(summary(rows))
     console.print(f"policy: {folder}/policy", highlight=False, soft_wrap=True)
 

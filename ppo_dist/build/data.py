@@ -15,6 +15,8 @@ from ppo_dist.config.reward import AnyReward
 from ppo_dist.data.partition import parted, refuse_overlap, without_answer
 from ppo_dist.data.sources import Row, read
 
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -38,7 +40,7 @@ def check(config: Config) -> Rows:
     """
     for section in (config.model, config.reference, config.critic):
         if section is not None and section.path is not None:
-            check_model(section.path)
+            check_model(section.path, config.model.trust_remote_code)
     for model in reward_models(config):
         check_reward_model(model.path)
     reward_source(config)  # says what is wrong with a pattern
@@ -68,11 +70,11 @@ def _compares(reward: AnyReward | None) -> bool:
     return reward is not None and sees_answer(reward)
 
 
-def check_model(path: str) -> None:
+def check_model(path: str, may_run_code: bool = False) -> None:
     """Whether a path is a Hugging Face folder with safetensors, or could be a hub name.
 
     Raises:
-        InputError: it is neither.
+        InputError: it is neither, or would run code of its own where it may not.
     """
     folder = Path(path)
     if folder.is_dir():
@@ -82,13 +84,44 @@ def check_model(path: str) -> None:
             ("tokenizer", "tokenizer*"),
         ):
             if not any(folder.glob(pattern)):
-                raise InputError(f"{path}: is not a model folder: it has no {what}")
+                raise InputError(
+                    f"{path}: is not a model folder: it has no {what}{_pickled(folder)}"
+                )
+        _check_files(folder, may_run_code)
     elif folder.exists() or path.count("/") > 1 or path.startswith((".", "/", "~")):
         raise InputError(f"{path}: no such model folder")
     elif not _on_hub(path):
         raise InputError(
             f"{path}: no such model folder, and no model of that name could be had from the hub"
         )
+
+
+def _pickled(folder: Path) -> str:
+    """What to say where the weights are such as run code when they are read."""
+    found = sorted(p.name for kind in PICKLES for p in folder.glob(kind))
+    return f" ({found[0]} is a pickle, and is never loaded: convert it)" if found else ""
+
+
+def _check_files(folder: Path, may_run_code: bool) -> None:
+    from safetensors import SafetensorError, safe_open
+    from transformers import AutoConfig
+
+    for weights in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(weights, "numpy"):  # looks at its header and its length alone
+                pass
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{weights}: is damaged: {error}") from None
+    try:
+        AutoConfig.from_pretrained(str(folder), trust_remote_code=may_run_code)
+    except Exception as error:  # whatever it is, the user must mend the folder
+        if "trust_remote_code" in str(error):
+            raise InputError(
+                f"{folder}: brings Python code of its own, which only model.trust_remote_code "
+                "lets a policy, reference or critic run"
+            ) from None
+        reason = " ".join(str(error).split())
+        raise InputError(f"{folder}: its config.json cannot be used: {reason}") from None
 
 
 def check_reward_model(path: str) -> None:
@@ -145,7 +178,7 @@ def model_folder(config: Config, rows: Rows) -> str:
     """The initial policy's path; a model from scratch is made in the run folder, once."""
     if config.model.path is not None:
         return config.model.path
-    from ppo_dist.files import replace
+    from ppo_dist.files import aside
     from ppo_dist.models.scratch import make_model
 
     assert config.model.scratch is not None, "the schema demands one of the two"
@@ -158,7 +191,6 @@ def model_folder(config: Config, rows: Rows) -> str:
             for text in (row.prompt, row.response, row.answer)
             if isinstance(text, str)
         ]
-        aside = folder.with_name(".model.writing")
-        make_model(aside, config.model.scratch, texts, config.run.seed)
-        replace(aside, folder)
+        with aside(folder) as made:
+            make_model(made, config.model.scratch, texts, config.run.seed)
     return str(folder)

@@ -9,7 +9,15 @@ from __future__ import annotations
 from pydantic import Field, model_validator
 
 from ppo_dist.config.algorithm import Algorithm, Mix
-from ppo_dist.config.base import ORIGINS, InputError, Origin, RunError, Section, WorkersLost
+from ppo_dist.config.base import (
+    ORIGINS,
+    FilePath,
+    InputError,
+    Origin,
+    RunError,
+    Section,
+    WorkersLost,
+)
 from ppo_dist.config.combinations import (
     corrects,
     impossible,
@@ -50,7 +58,9 @@ __all__ = [
 
 
 class Run(Section):
-    dir: str = Field(description="folder of the run: config, metrics, samples, checkpoints, policy")
+    dir: FilePath = Field(
+        description="folder of the run: config, metrics, samples, checkpoints, policy"
+    )
     seed: int = Field(0, ge=0, description="seed of everything random in the run")
 
 

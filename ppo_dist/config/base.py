@@ -4,9 +4,10 @@ with the step.
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Origin = Literal["labelled", "verifiable", "unlabelled"]
 ORIGINS: tuple[Origin, ...] = ("labelled", "verifiable", "unlabelled")
@@ -22,6 +23,19 @@ class RunError(Exception):
 
 class WorkersLost(RunError):
     """What only the learners know is gone with them: a run can go on from its last checkpoint."""
+
+
+def _as_path(value: str) -> str:
+    try:
+        parts = os.fsencode(value).split(b"/")
+    except UnicodeEncodeError:
+        raise ValueError("no file can have this name: it holds half of a character") from None
+    if not value or "\0" in value or max(map(len, parts)) > 255 or len(value) > 4000:
+        raise ValueError("no file can have this name")
+    return value
+
+
+FilePath = Annotated[str, AfterValidator(_as_path)]
 
 
 class Section(BaseModel):

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from ppo_dist.config.base import Section
+from ppo_dist.config.base import FilePath, Section
 
 
 def _bare_path(value: Any) -> Any:
@@ -47,7 +47,7 @@ class Lora(Section):
 
 
 class Model(Section):
-    path: str | None = Field(
+    path: FilePath | None = Field(
         None, description="Hugging Face folder or hub name of the initial policy"
     )
     scratch: FromScratch | None = Field(
@@ -68,7 +68,7 @@ class Model(Section):
 
 
 class Reference(Section):
-    path: str | None = Field(
+    path: FilePath | None = Field(
         None, description="model of the reference policy; null: the run's own policy"
     )
     reset: Literal["after_supervised", "never"] = Field(
@@ -78,7 +78,7 @@ class Reference(Section):
 
 
 class Critic(Section):
-    path: str | None = Field(
+    path: FilePath | None = Field(
         None, description="model whose trunk starts the critic; null: the policy's trunk"
     )
     shared: bool = Field(
@@ -117,7 +117,7 @@ class FileSource(Shaping):
     """A .jsonl, .json or .parquet file."""
 
     kind: Literal["file"] = "file"
-    path: str
+    path: FilePath
     columns: Columns = Columns()
 
 
@@ -125,7 +125,7 @@ class HubSource(Shaping):
     """A Hugging Face dataset: a hub name, or a folder written by `save_to_disk`."""
 
     kind: Literal["huggingface"]
-    path: str
+    path: FilePath
     name: str | None = None
     split: str = "train"
     columns: Columns = Columns()

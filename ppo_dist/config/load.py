@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import reprlib
 import typing
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,9 +18,13 @@ from pydantic_core import ErrorDetails
 
 from ppo_dist.config import Config
 from ppo_dist.config.base import InputError, Section
+from ppo_dist.config.redact import redacted_in
 from ppo_dist.config.study import Study
 
 S = TypeVar("S", bound=Section)
+MOST_VALUES = 100_000
+SHORT = reprlib.Repr()
+SHORT.maxstring = SHORT.maxother = 200
 
 
 def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
@@ -60,9 +65,10 @@ def validated(schema: type[S], raw: dict[str, Any], name: str | os.PathLike[str]
 
 def dump(config: Config) -> str:
     """The resolved config as YAML: every key, defaults included; `load` reads it back to an equal
-    config.
+    config, but for credentials in its values: these are left out.
     """
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    plain = redacted_in(config.model_dump(mode="json"))
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
 
 
 def read(
@@ -73,9 +79,9 @@ def read(
     Raises:
         InputError: a file is missing or not YAML, or bases go round in a circle.
     """
+    raw = read_yaml(path)
     if path.resolve() in below:
         raise InputError(f"{path}: is its own base")
-    raw = _read_yaml(path)
     base = raw.pop("base", None)
     if base is None:
         return merged(raw, changes or {})
@@ -99,16 +105,46 @@ def merged(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
     return made
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds, alone. Raises InputError as `read` does."""
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = _parsed(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError) as error:
+    except ValueError as error:
         raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
         raise InputError(f"{path}: a config is a mapping of sections, such as `run:` and `train:`")
     return raw
+
+
+def _parsed(text: str) -> Any:
+    """What a YAML text says.
+
+    Raises:
+        ValueError: it is none, or grows beyond measure once its aliases are written out.
+    """
+    try:
+        value = yaml.safe_load(text)
+        if _size(value, {}) > MOST_VALUES:
+            raise ValueError(f"its aliases make more than {MOST_VALUES} values")
+    except (yaml.YAMLError, LookupError, TypeError, AttributeError, OverflowError) as error:
+        raise ValueError(str(error)) from None  # PyYAML itself fails on some tags and dates
+    except RecursionError:
+        raise ValueError("it is nested too deeply, or an alias stands inside itself") from None
+    return value
+
+
+def _size(value: Any, known: dict[int, int]) -> int:
+    """How many values there are with every alias written out, each of them counted once."""
+    if isinstance(value, str):
+        value.encode()  # no file takes half of a surrogate pair
+    if not isinstance(value, (dict, list, tuple, set)):
+        return 1
+    if id(value) not in known:
+        inner = [*value, *value.values()] if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_size(each, known) for each in inner)
+    return known[id(value)]
 
 
 def _override(raw: dict[str, Any], override: str) -> None:
@@ -117,8 +153,8 @@ def _override(raw: dict[str, Any], override: str) -> None:
     if not equals or not all(parts):
         raise InputError(f"{override!r}: an override is written key.sub=value")
     try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):
+        value = _parsed(text)
+    except ValueError:
         raise InputError(f"{override!r}: the value is not valid YAML") from None
     node = raw
     for part in parts[:-1]:
@@ -161,7 +197,7 @@ def _explain(detail: ErrorDetails, schema: type[Section]) -> str:
             return f"{key}: {message}" if path else message
         case _:
             message = detail["msg"][0].lower() + detail["msg"][1:]
-            return f"{key}: {message} (got {detail['input']!r})"
+            return f"{key}: {message} (got {SHORT.repr(detail['input'])})"
 
 
 def _walk(

@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from ppo_dist.config.base import Section, bare_kind
+from ppo_dist.config.base import FilePath, Section, bare_kind
 
 
 class Extract(Section):
@@ -29,7 +29,7 @@ class FunctionOf(Section):
     """A function of your own, loaded from a Python file: `name(text) -> str | None`."""
 
     kind: Literal["function"]
-    path: str = Field(description="the Python file; it is run")
+    path: FilePath = Field(description="the Python file; it is run")
     name: str
 
 
@@ -97,7 +97,7 @@ class FunctionReward(Section):
     """
 
     kind: Literal["function"]
-    path: str = Field(description="the Python file; it is run")
+    path: FilePath = Field(description="the Python file; it is run")
     name: str
     needs_answer: bool = True
 
@@ -108,7 +108,7 @@ class ModelReward(Section):
     """
 
     kind: Literal["model"]
-    path: str = Field(description="Hugging Face folder, or a name on the hub")
+    path: FilePath = Field(description="Hugging Face folder, or a name on the hub")
     dtype: Literal["fp32", "bf16"] = "fp32"
     batch_tokens: int = Field(8192, ge=1, description="tokens read in one forward pass")
     workers: int = Field(1, ge=1, description="processes that have the model")

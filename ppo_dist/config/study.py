@@ -6,16 +6,18 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from ppo_dist.config.base import Section
+from ppo_dist.config.base import FilePath, Section
 from ppo_dist.config.workers import Cluster, WandbMode
 
+# they name files in the study's folder
+Name = Annotated[str, Field(pattern=r"^\w[^/\x00-\x1f]*$", max_length=100)]
 Percent = Annotated[float, Field(gt=0, le=100)]
 
 
 class Method(Section):
     """A training config and the label budgets at which it is run."""
 
-    config: str = Field(description="training config, relative to the study's own file")
+    config: FilePath = Field(description="training config, relative to the study's own file")
     labels: list[Percent] = Field(min_length=1, description="per cent of the pool")
 
 
@@ -26,11 +28,11 @@ class Study(Section):
     `data.unlabelled` has the others. Both must describe the same pool.
     """
 
-    dir: str = Field(description="where finished cells, table and figure are kept")
+    dir: FilePath = Field(description="where finished cells, table and figure are kept")
     pool: int = Field(ge=1, description="prompts that could be labelled")
     seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
-    methods: dict[str, Method] = Field(min_length=1)
-    tasks: dict[str, dict[str, Any]] = Field(
+    methods: dict[Name, Method] = Field(min_length=1)
+    tasks: dict[Name, dict[str, Any]] = Field(
         min_length=1, description="by name, what a task changes in the base of all methods"
     )
     cluster: Cluster = Cluster()

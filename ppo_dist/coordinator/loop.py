@@ -181,6 +181,7 @@ class Loop:
         with watch("update"):
             report = parts.learners.update(work, coefficients)
         parts.tracker.table(step + 1, [sample(s) for s in scored[: config.tracking.samples]])
+        self.watch.faults(step + 1, scored)
         annotated = list(zip(kept, annotations, strict=True))
         row = step_row(plan, coefficients, self.state.version, scored, annotated, sequences, report)
         row["rollout/dropped"] = float(memory.ahead.dropped)

@@ -40,18 +40,16 @@ class Checkpoints:
 
     def write(self, state: RunState, parts: dict[str, Any], save: Callable[[Path], None]) -> Path:
         """Writes a checkpoint aside, seals it, then removes the oldest beyond those kept; never the
-        one of the best evaluation.
+        one of the best evaluation. One that lost a part does not count as kept.
         """
         folder = self._folder / f"step-{state.step:08d}"
-        aside = self._folder / f".{folder.name}.writing"
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        save(aside)
-        (aside / STATE).write_text(json.dumps({"run": asdict(state), "parts": parts}))
-        files.seal(aside, folder)
-        for old in self._all()[: -self._keep]:
-            if old != self.of_step(state.best_step):
-                shutil.rmtree(old)
+        with files.sealed(folder) as aside:
+            save(aside)
+            (aside / STATE).write_text(json.dumps({"run": asdict(state), "parts": parts}))
+        kept = [f for f in self._all() if files.damage(f, is_quick=True) is None][-self._keep :]
+        for old in self._all():
+            if old < kept[0] and old != self.of_step(state.best_step):
+                files.remove(old)
         return folder
 
     def set_aside_after(self, step: int) -> list[str]:
@@ -70,6 +68,13 @@ class Checkpoints:
         """The checkpoint that was written after a step, if there is one."""
         folder = self._folder / f"step-{step:08d}" if step is not None else None
         return folder if folder is not None and folder.exists() else None
+
+    def newest_mb(self) -> float | None:
+        """Megabytes that the newest checkpoint takes, if there is one."""
+        every = self._all()
+        if not every:
+            return None
+        return sum(p.lstat().st_size for p in every[-1].rglob("*") if p.is_file()) / 1e6
 
     def newest_whole(self) -> tuple[Path | None, list[str]]:
         """The newest checkpoint that is whole, and what is wrong with those after it."""
@@ -94,5 +99,10 @@ def read_state(checkpoint: Path) -> tuple[RunState, dict[str, Any]]:
     problem = files.damage(checkpoint)
     if problem is not None:
         raise InputError(f"cannot resume from {checkpoint}: {problem}")
-    content = json.loads((checkpoint / STATE).read_text())
-    return RunState(**content["run"]), content["parts"]
+    try:
+        content = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+        return RunState(**content["run"]), dict(content["parts"])
+    except (OSError, ValueError, RecursionError, LookupError, TypeError) as error:
+        raise InputError(
+            f"cannot resume from {checkpoint}: {STATE} is not of this version: {error}"
+        ) from None

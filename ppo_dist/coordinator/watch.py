@@ -18,7 +18,7 @@ from ppo_dist.protocols import Tracker
 from ppo_dist.reports import Coefficients, StepReport
 from ppo_dist.semi.guard import Guard
 from ppo_dist.tracking.metrics import Row
-from ppo_dist.types import Dropped, TrainSequence
+from ppo_dist.types import Dropped, Scored, TrainSequence
 
 SKIPPED = "skipped"
 
@@ -70,6 +70,18 @@ class Watch:
         if dropped:
             title = "responses without a reward were dropped"
             self._tracker.alert(step, title, f"{len(dropped)}: {dropped[0].reason}")
+
+    def faults(self, step: int, scored: Sequence[Scored]) -> None:
+        """Tells of responses that count as 0 since whatever judges them failed."""
+        failed = [s for s in scored if s.score.fault is not None]
+        if failed:
+            first = failed[0]
+            self._tracker.alert(
+                step,
+                f"{len(failed)} of {len(scored)} responses could not be judged and count as 0",
+                f"the first: reward {first.score.source}, {first.rollout.prompt.uid}: "
+                f"{first.score.fault} (reward.on_error)",
+            )
 
     def row(self, step: int, row: Row) -> None:
         """Compares what generated with what learns, where both are of one version, and asks the

@@ -184,16 +184,15 @@ class Roles:
         """A checkpoint's reference as the run's own: checkpoints come and go."""
         folder = Path(self._config.run.dir) / "reference"
         if self._rank == 0:
-            aside = folder.with_name(f".{folder.name}.writing")
-            shutil.rmtree(aside, ignore_errors=True)
-            shutil.copytree(kept, aside, copy_function=files.link_or_copy)
-            files.replace(aside, folder)
+            with files.aside(folder) as made:
+                copy = files.link_or_copy
+                shutil.copytree(kept, made, copy_function=copy, dirs_exist_ok=True)
         barrier()
         return folder
 
     def _write_policy(self, folder: Path, state: dict[str, torch.Tensor]) -> None:
-        aside = folder.with_name(f".{folder.name}.writing")
-        shutil.rmtree(aside, ignore_errors=True)
-        self._policy_model.lm.save_pretrained(aside, state_dict=state)
-        AutoTokenizer.from_pretrained(self._model_path).save_pretrained(aside)
-        files.replace(aside, folder)
+        with files.aside(folder) as made:
+            self._policy_model.lm.save_pretrained(made, state_dict=state)
+            trust = self._config.model.trust_remote_code
+            tokenizer = AutoTokenizer.from_pretrained(self._model_path, trust_remote_code=trust)
+            tokenizer.save_pretrained(made)

@@ -75,11 +75,14 @@ class RewardModel:
             ValueError: the model has not exactly one output.
         """
         self._device = device.prepare(kind, section.threads)
-        self._tokenizer = AutoTokenizer.from_pretrained(section.path)
-        policy = AutoTokenizer.from_pretrained(policy_path)
+        self._tokenizer = AutoTokenizer.from_pretrained(section.path, trust_remote_code=False)
+        policy = AutoTokenizer.from_pretrained(policy_path, trust_remote_code=False)
         self._reads_tokens = self._tokenizer.get_vocab() == policy.get_vocab()
         model = AutoModelForSequenceClassification.from_pretrained(
-            section.path, dtype=device.DTYPES[section.dtype], use_safetensors=True
+            section.path,
+            dtype=device.DTYPES[section.dtype],
+            use_safetensors=True,
+            trust_remote_code=False,
         )
         if model.config.num_labels != 1:
             raise ValueError(f"{section.path}: has {model.config.num_labels} outputs, not one")

@@ -7,10 +7,10 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal
 
-from ppo_dist.config.base import InputError, Origin
+from ppo_dist.config.base import InputError, Origin, RunError
 from ppo_dist.config.reward import ExactReward, FunctionReward, NumericReward, RegexReward
 from ppo_dist.protocols import RewardSource
 from ppo_dist.rewards.extract import extractor, in_time, is_same_mathematics
@@ -138,12 +138,19 @@ class WeightedSum:
         scores = [score for score in row if isinstance(score, Score)]
         if len(scores) < len(row):
             return next(score for score in row if isinstance(score, Dropped))
-        value = math.fsum(
+        value = _total(
             weight * score.value for (weight, _), score in zip(self._parts, scores, strict=True)
         )
         fault = next((score.fault for score in scores if score.fault), None)
         ballot = next((score.ballot for score in scores if score.ballot), None)
         return Score(value, "+".join(score.source for score in scores), fault, ballot)
+
+
+def _total(terms: Iterable[float]) -> float:
+    try:
+        return math.fsum(terms)
+    except (OverflowError, ValueError):  # above the largest number, or inf − inf
+        return math.nan
 
 
 class ByOrigin:
@@ -153,9 +160,22 @@ class ByOrigin:
         self._sources = sources
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Score | Dropped]:
-        """See RewardSource."""
+        """See RewardSource.
+
+        Raises:
+            RunError: a score is not finite, as of a broken reward model; names source and response.
+        """
         scores: dict[int, Score | Dropped] = {}
         for origin, source in self._sources.items():
             members = [i for i, rollout in enumerate(rollouts) if rollout.prompt.origin == origin]
             scores.update(zip(members, source.score([rollouts[i] for i in members]), strict=True))
-        return [scores[i] for i in range(len(rollouts))]
+        return [_finite(scores[i], rollout) for i, rollout in enumerate(rollouts)]
+
+
+def _finite(score: Score | Dropped, rollout: Rollout) -> Score | Dropped:
+    if isinstance(score, Dropped) or math.isfinite(score.value):
+        return score
+    raise RunError(
+        f"reward {score.source} gave {score.value} to {rollout.prompt.uid}, response "
+        f"{rollout.text[:200]!r}: nothing can be learned from that"
+    )

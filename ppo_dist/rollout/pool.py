@@ -7,6 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from ppo_dist.config import RunError, WorkersLost
 from ppo_dist.config.workers import Cluster
+from ppo_dist.protocols import WeightsError
 from ppo_dist.rollout.health import Life
 from ppo_dist.rollout.members import Member, Members, Worker, WorkerError
 from ppo_dist.types import Chunk, Rollout, Weights
@@ -68,7 +69,7 @@ class Pool:
         """See RolloutPool."""
         try:
             done = [future.result() for future in self._underway.pop(ticket)]
-        except WorkerError as error:
+        except (WorkerError, WeightsError) as error:
             raise RunError(f"rollout workers: {error}") from None
         self._busy += sum(seconds for _, seconds in done)
         if self._takes_turns and not self._underway:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 
 from ppo_dist.protocols import RolloutEngine, WeightReceiver
+from ppo_dist.transport.wire import finite
 from ppo_dist.types import Chunk, Rollout, Weights
 
 
@@ -62,7 +63,7 @@ class RolloutWorker:
         weights = self._received.pop(version, None)
         if weights is not None:
             self._loaded = None  # until all of it is there
-            self._engine.load(version, self._receiver.fetch(weights))
+            self._engine.load(version, finite(version, self._receiver.fetch(weights)))
             self._loaded = version
         for old in [v for v in self._received if v < version]:
             del self._received[old]

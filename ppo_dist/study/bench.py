@@ -130,27 +130,23 @@ def _vllm_section(job: Job) -> VllmEngine:
 
 
 def _hf(job: Job) -> Run:
-    from transformers import AutoTokenizer
-
     from ppo_dist.models.policy import load_policy
     from ppo_dist.rollout.hf import HfEngine
 
     where = prepare(available(), job.threads)
     lm = load_policy(job.model, DTYPES[job.dtype])
     stops = frozenset(_stops(job, lm.config.vocab_size))
-    made = HfEngine(lm, AutoTokenizer.from_pretrained(job.model), stops, where, job.slots)
+    made = HfEngine(lm, _tokenizer(job), stops, where, job.slots)
     return lambda number: _lengths(made, job, lm.config.vocab_size, number)
 
 
 def _vllm(job: Job) -> Run:
-    from transformers import AutoTokenizer
-
     from ppo_dist.rollout import vllm
 
     llm = vllm.open_llm(job.model, _vllm_section(job), job.dtype, job.threads, available())
     vocabulary = _vocabulary(job)
     stops = frozenset(_stops(job, vocabulary))
-    made = vllm.VllmEngine(llm, AutoTokenizer.from_pretrained(job.model), stops, 2**28, available())
+    made = vllm.VllmEngine(llm, _tokenizer(job), stops, 2**28, available())
     return lambda number: _lengths(made, job, vocabulary, number)
 
 
@@ -163,8 +159,10 @@ def _transformers(job: Job) -> Run:
     from transformers import AutoModelForCausalLM
 
     where = prepare(available(), job.threads)
-    lm = AutoModelForCausalLM.from_pretrained(job.model, dtype=DTYPES[job.dtype]).eval()
-    lm = lm.to(where)
+    lm = AutoModelForCausalLM.from_pretrained(
+        job.model, dtype=DTYPES[job.dtype], use_safetensors=True, trust_remote_code=False
+    )
+    lm = lm.eval().to(where)
     vocabulary = _vocabulary(job)
     stops = _stops(job, vocabulary)
 
@@ -217,7 +215,13 @@ def _vllm_alone(job: Job) -> Run:
 def _vocabulary(job: Job) -> int:
     from transformers import AutoConfig
 
-    return int(AutoConfig.from_pretrained(job.model).vocab_size)
+    return int(AutoConfig.from_pretrained(job.model, trust_remote_code=False).vocab_size)
+
+
+def _tokenizer(job: Job) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(job.model, trust_remote_code=False)
 
 
 def _main(name: str, job: Job, out: Path) -> None:

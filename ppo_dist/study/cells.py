@@ -21,6 +21,7 @@ import yaml
 from ppo_dist.config import Config, InputError
 from ppo_dist.config.load import merged, read, validated
 from ppo_dist.config.study import Study
+from ppo_dist.files import write_text
 from ppo_dist.run import SUMMARY
 from ppo_dist.semi.schedule import Scheduled
 from ppo_dist.tracking.local import read_rows
@@ -172,6 +173,4 @@ def keep(folder: Path, cell: Cell, result: Result) -> None:
     """Writes a result, whole or not at all."""
     path = folder / cell.path
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".writing")
-    aside.write_text(json.dumps(asdict(result), indent=1) + "\n")
-    os.replace(aside, path)
+    write_text(path, json.dumps(asdict(result), indent=1) + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -131,8 +132,9 @@ class Several:
 
     def close(self) -> None:
         """See Tracker."""
-        for tracker in self._trackers:
-            tracker.close()
+        with contextlib.ExitStack() as stack:  # one that fails must not keep the others open
+            for tracker in reversed(self._trackers):
+                stack.callback(tracker.close)
 
 
 class Losable:

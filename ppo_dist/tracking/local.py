@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from ppo_dist.config.redact import redacted_in
+from ppo_dist.files import write_text
 
 
 class JsonLines:
@@ -71,11 +73,9 @@ def _keep(path: Path, after_step: int | None) -> None:
     kept = (
         [] if after_step is None else [row for row in read_rows(path) if row["step"] <= after_step]
     )
-    aside = path.with_suffix(".writing")
-    aside.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-    os.replace(aside, path)
+    write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 def _write(file: Any, row: Mapping[str, Any]) -> None:
-    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    file.write(json.dumps(redacted_in(row), ensure_ascii=False) + "\n")
     file.flush()

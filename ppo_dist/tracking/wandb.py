@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -11,10 +12,14 @@ from typing import Any, Literal
 import wandb
 
 from ppo_dist.config import Config
+from ppo_dist.config.redact import redacted, redacted_in
 from ppo_dist.config.study import Study
 from ppo_dist.config.workers import WandbMode
+from ppo_dist.files import write_text
 
 ID_FILE = "wandb_id.txt"
+# it would keep what is printed before credentials are taken out of it
+SETTINGS = wandb.Settings(silent=True, console="off")
 
 
 class Wandb:
@@ -26,7 +31,8 @@ class Wandb:
         # a resumed run goes on under its own id
         kept = folder / ID_FILE
         run_id = kept.read_text().strip() if resume and kept.exists() else secrets.token_hex(4)
-        kept.write_text(run_id)
+        write_text(kept, run_id)
+        _hide_credentials()
         self._run = wandb.init(
             project=config.tracking.project,
             name=folder.name,
@@ -34,8 +40,8 @@ class Wandb:
             resume="allow",
             dir=str(folder),
             mode=_mode(config.tracking.wandb),
-            config=config.model_dump(mode="json"),
-            settings=wandb.Settings(silent=True),
+            config=redacted_in(config.model_dump(mode="json")),
+            settings=SETTINGS,
         )
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
@@ -54,14 +60,15 @@ class Wandb:
         if not self._table.columns:
             self._table = wandb.Table(columns=["step", *rows[0]], log_mode="INCREMENTAL")
         for row in rows:
-            self._table.add_data(step, *row.values())
+            self._table.add_data(step, *redacted_in(list(row.values())))
         self._run.log({"step": step, "samples": self._table})
 
     def alert(self, step: int, title: str, text: str) -> None:
         """See Tracker. W&B sends it to whoever watches the run; the same title at most once in ten
         minutes.
         """
-        self._run.alert(title=title, text=f"step {step}: {text}", level="WARN", wait_duration=600)
+        text = redacted(f"step {step}: {text}")
+        self._run.alert(redacted(title), text, level="WARN", wait_duration=600)
 
     def close(self) -> None:
         """See Tracker."""
@@ -70,18 +77,24 @@ class Wandb:
 
 def log_study(study: Study, folder: Path, rows: Sequence[Mapping[str, Any]], image: Path) -> None:
     """One W&B run with a study's table and figure."""
+    _hide_credentials()
     run = wandb.init(
         project=study.project,
         name=folder.name,
         job_type="label-efficiency",
         dir=str(folder),
         mode=_mode(study.wandb),
-        config=study.model_dump(mode="json"),
-        settings=wandb.Settings(silent=True),
+        config=redacted_in(study.model_dump(mode="json")),
+        settings=SETTINGS,
     )
     table = wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
     run.log({"study/results": table, "study/accuracy": wandb.Image(str(image))})
     run.finish()
+
+
+def _hide_credentials() -> None:
+    """W&B keeps the command line, where an override may hold one."""
+    sys.argv = redacted_in(sys.argv)
 
 
 def _mode(asked: WandbMode) -> Literal["online", "offline"]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load, save
 
-from ppo_dist.files import replace
+from ppo_dist.files import aside
 from ppo_dist.protocols import NamedTensors, WeightsError
 from ppo_dist.transport.wire import buckets, digest, of_all
 from ppo_dist.types import Weights
@@ -31,15 +31,12 @@ class DiskSender:
     def publish(self, version: int, weights: NamedTensors) -> Weights:
         """See WeightSender."""
         folder = self._folder / f"version-{version:08d}"
-        aside = self._folder / f".{folder.name}.writing"
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
         digests: list[str] = []
-        for bucket in buckets(weights, self._bucket_bytes):
-            content = save(dict(bucket.tensors()))
-            (aside / _name(len(digests))).write_bytes(content)
-            digests.append(digest(content))
-        replace(aside, folder)
+        with aside(folder) as made:
+            for bucket in buckets(weights, self._bucket_bytes):
+                content = save(dict(bucket.tensors()))
+                (made / _name(len(digests))).write_bytes(content)
+                digests.append(digest(content))
         for old in sorted(self._folder.glob("version-*"))[: -self._keep]:
             shutil.rmtree(old)
         return Weights(version, (str(folder), *digests), of_all(digests))

@@ -62,6 +62,17 @@ class Bucket:
             yield part.name, part.view(flat)
 
 
+def finite(version: int, weights: NamedTensors) -> Iterator[tuple[str, torch.Tensor]]:
+    """The same weights; raises WeightsError at the first tensor that is not finite. A digest tells
+    that they came as they were sent, and not that they were sound.
+    """
+    for name, tensor in weights:
+        # the sum is quick, and may overflow where all is well
+        if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
+            raise WeightsError(f"version {version}: {name} is not finite")
+        yield name, tensor
+
+
 def digest(raw: NDArray[np.uint8] | bytes) -> str:
     """Sixteen hexadecimal digits that change with any byte (XXH3, 64 bits)."""
     return xxhash.xxh3_64_hexdigest(memoryview(raw))  # type: ignore[arg-type]

@@ -85,6 +85,9 @@ def test_defaults_of_a_minimal_config(read) -> None:
             "reward.verifiable.tolerence: unknown key; did you mean reward.verifiable.tolerance?",
         ),
         ({"run": {"zzz": 5}}, "run.zzz: unknown key; allowed: dir, seed"),
+        ({"run": {"dir": "a\0b"}}, "run.dir: no file can have this name"),
+        ({"run": {"dir": ""}}, "run.dir: no file can have this name"),
+        ({"data": {"verifiable": "x" * 300}}, "data.verifiable.0.path: no file can have this name"),
         ({"train": {"steps": "many"}}, "train.steps: input should be a valid integer"),
         ({"train": {"steps": 0}}, "train.steps: input should be greater than or equal to 1"),
         ({"learner": {"zero_stage": 4}}, "learner.zero_stage: input should be 0, 1, 2 or 3"),
@@ -160,6 +163,9 @@ def test_a_missing_section_is_named(tmp_path: Path, section: str) -> None:
     assert str(error.value) == f"{path}: {section}: required"
 
 
+BOMB = "a0: &a0 [1, 1]\n" + "".join(f"a{i + 1}: &a{i + 1} [*a{i}, *a{i}]\n" for i in range(40))
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -167,6 +173,12 @@ def test_a_missing_section_is_named(tmp_path: Path, section: str) -> None:
         ("- 1\n- 2\n", "a config is a mapping of sections"),
         ("run: {dir: a\ntrain: [", "not valid YAML"),
         ("run: {dir: 2024-99-99}\n", "not valid YAML"),
+        ("run: &a {dir: *a}\n", "not valid YAML: it is nested too deeply, or an alias"),
+        ("[" * 1200, "not valid YAML: it is nested too deeply"),
+        (BOMB, "not valid YAML: its aliases make more than 100000 values"),
+        ("run: !!int ''\n", "not valid YAML"),
+        ('run: {dir: "\\ud800"}\n', "not valid YAML"),
+        ("base: a\0b\n", "not valid YAML"),
     ],
 )
 def test_what_is_no_mapping_is_refused(tmp_path: Path, text: str, said: str) -> None:

@@ -11,7 +11,8 @@ import pytest
 
 from ppo_dist.config.base import InputError
 from ppo_dist.config.data import FileSource, GymSource, HubSource
-from ppo_dist.data.sources import held_out_part, read
+from ppo_dist.data.readers import held_out_part
+from ppo_dist.data.sources import read
 
 ROWS = [{"prompt": "1+1=", "response": "2.", "answer": 2}, {"prompt": "2+2=", "response": "4."}]
 SPELL = {"task": "spell_backward", "options": {"min_word_len": 3, "max_word_len": 5}}
@@ -105,8 +106,14 @@ def said(source: object, origin: str = "labelled", needs_answer: bool = True) ->
         ('{"prompt": "p"}', "'response' must be a text with something in it (the row has: prompt)"),
         ('{"prompt": "p", "response": ""}', "'response' must be a text with something in it"),
         ('{"prompt": "p", "response": 7}', "'response' must be a text with something in it"),
-        ('{"prompt": "p", "response": "r", "answer": [1]}', "'answer' must be a text or a number"),
-        ('{"prompt": "p", "response": "r", "answer": true}', "'answer' must be a text or a number"),
+        (
+            '{"prompt": "p", "response": "r", "answer": [1]}',
+            "'answer' must be a text or a finite number",
+        ),
+        (
+            '{"prompt": "p", "response": "r", "answer": true}',
+            "'answer' must be a text or a finite number",
+        ),
     ],
 )
 def test_a_bad_row_is_named(tmp_path: Path, line: str, reason: str) -> None:

@@ -15,17 +15,16 @@ from ppo_dist.tracking.local import JsonLines, read_rows, record_event
 
 @pytest.fixture
 def sealed(tmp_path: Path) -> Path:
-    aside = tmp_path / ".aside"
-    (aside / "inner").mkdir(parents=True)
-    (aside / "inner" / "weights.bin").write_bytes(bytes(range(256)))
-    (aside / "state.json").write_text("{}")
-    files.seal(aside, tmp_path / "step-1")
+    with files.sealed(tmp_path / "step-1") as made:
+        (made / "inner").mkdir()
+        (made / "inner" / "weights.bin").write_bytes(bytes(range(256)))
+        (made / "state.json").write_text("{}")
     return tmp_path / "step-1"
 
 
 def test_a_sealed_folder_is_whole(sealed: Path) -> None:
     assert files.damage(sealed) is None
-    assert not sealed.with_name(".aside").exists()
+    assert [p.name for p in sealed.parent.iterdir()] == ["step-1"]
     assert set(json.loads((sealed / files.MANIFEST).read_text())) == {
         "inner/weights.bin",
         "state.json",
@@ -48,7 +47,9 @@ def test_a_flipped_byte_is_found(sealed: Path, position: int) -> None:
 
 def test_a_cut_off_file_is_found(sealed: Path) -> None:
     (sealed / "state.json").write_text("{")
-    assert files.damage(sealed) == "step-1: state.json is damaged (its checksum differs)"
+    for is_quick in (False, True):
+        problem = files.damage(sealed, is_quick)
+        assert problem == "step-1: state.json is damaged (its size differs)"
 
 
 @pytest.mark.parametrize("text", [None, "", '{"a": ', "[]"])
@@ -64,10 +65,8 @@ def test_a_folder_that_is_none(tmp_path: Path) -> None:
 
 
 def test_seal_takes_the_place_of_an_older_folder(sealed: Path, tmp_path: Path) -> None:
-    again = tmp_path / ".again"
-    again.mkdir()
-    (again / "state.json").write_text("[1]")
-    files.seal(again, sealed)
+    with files.sealed(sealed) as made:
+        (made / "state.json").write_text("[1]")
     assert files.damage(sealed) is None
     assert (sealed / "state.json").read_text() == "[1]"
     assert not (sealed / "inner").exists()
@@ -148,7 +147,7 @@ def test_a_save_that_fails_leaves_the_older_ones(tmp_path: Path) -> None:
 def test_damaged_checkpoints_are_passed_over_and_named(tmp_path: Path) -> None:
     one, two, three = written(tmp_path, 3, range(1, 4))
     (three / files.MANIFEST).unlink()
-    (two / "weights.bin").write_bytes(b"other")
+    (two / "weights.bin").write_bytes(b"different")
     newest, problems = Checkpoints(tmp_path, 3).newest_whole()
     assert newest == one
     assert problems == [

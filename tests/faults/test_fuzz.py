@@ -1,0 +1,471 @@
+"""Whatever is fed to the readers, it works or is one clear error: nothing crashes, hangs, runs code
+or writes anywhere but where it was told to.
+
+The cases follow from the code of this file alone. A few of each kind are in the fast suite, 10,000
+in the slow one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import math
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ppo_dist import files
+from ppo_dist.config import InputError
+from ppo_dist.config.data import Data, FileSource
+from ppo_dist.config.load import dump, load
+from ppo_dist.config.reward import Extract, ExtractAfter, GymReward, NumericReward
+from ppo_dist.coordinator.state import Checkpoints, read_state
+from ppo_dist.data.encode import Encoder
+from ppo_dist.data.sources import read
+from ppo_dist.models.scratch import _character_tokenizer
+from ppo_dist.rewards.extract import extractor
+from ppo_dist.rewards.gym import gym
+from ppo_dist.rewards.rules import Judged, mathematics, numeric
+from ppo_dist.run import _recall
+from tests.conftest import raw_config
+from tests.unit.rig import Rig
+from tests.unit.test_gym import entry_of
+from tests.unit.test_gym import rollout as asked
+from tests.unit.test_rewards import rollout
+
+REACHES_OUT = ("os.system", "os.exec", "os.fork", "subprocess.Popen", "socket.connect", "os.remove")
+watched: list[Path] = []  # where a test may write, while one is watched
+violations: list[str] = []
+
+
+def _audit(event: str, arguments: tuple[Any, ...]) -> None:
+    if not watched:
+        return
+    if event in REACHES_OUT and not (event == "os.remove" and _is_allowed(arguments[0])):
+        violations.append(f"{event} {arguments[:1]}")
+    if event == "open" and isinstance(arguments[0], (str, bytes)):
+        path, mode, flags = arguments
+        writes = any(c in (mode or "") for c in "wax+") or bool(flags & (os.O_WRONLY | os.O_RDWR))
+        if writes and not _is_allowed(path):
+            violations.append(f"open {path!r}")
+
+
+def _is_allowed(path: Any) -> bool:
+    name = os.path.realpath(os.fsdecode(path))
+    is_cache = any(part in name for part in ("/.hypothesis", "__pycache__", "/dev/"))
+    return is_cache or any(name.startswith(str(folder)) for folder in watched)
+
+
+sys.addaudithook(_audit)
+
+
+@contextlib.contextmanager
+def only_in(folder: Path) -> Iterator[None]:
+    watched.append(folder.resolve())
+    try:
+        yield
+    finally:
+        watched.clear()
+    assert violations == []
+
+
+def fuzz(count: int, check: Callable[..., None], *given_to: Any, deadline_s: float = 20) -> None:
+    """Tries a check with that many cases, the same each time."""
+    chosen = settings(
+        max_examples=count,
+        deadline=int(deadline_s * 1000),
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    chosen(given(*given_to)(check))()
+
+
+def sizes(fast: int, slow: int) -> Any:
+    return pytest.mark.parametrize("count", [fast, pytest.param(slow, marks=pytest.mark.slow)])
+
+
+def refused(error: InputError) -> None:
+    message = str(error)
+    assert message and "\n" not in message and len(message) < 20_000
+
+
+# ── configs ───────────────────────────────────────────────────────────────────────────────────────
+
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=20)
+    | st.sampled_from(["", "off", "null", "1e-3", "x" * 300, "a\0b", "..", "/", "~", "adaptive"])
+)
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text(max_size=8) | st.integers() | st.just("kind"), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+WHOLE = raw_config(Path("run"), data={"verifiable": {"kind": "file", "path": "x.jsonl"}})
+
+
+def _paths(node: Any, above: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    if not isinstance(node, dict):
+        return [above]
+    return [above, *(p for key, inner in node.items() for p in _paths(inner, (*above, key)))]
+
+
+KEYS = [path for path in _paths(WHOLE) if path]
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> bytes:
+    """A whole config of which some keys have other values, or other keys, or are gone."""
+    raw = copy.deepcopy(WHOLE)
+    for _ in range(draw(st.integers(1, 3))):
+        *above, key = draw(st.sampled_from(KEYS))
+        node: Any = raw
+        for part in above:
+            node = node.get(part, {}) if isinstance(node, dict) else {}
+        if not isinstance(node, dict):
+            continue
+        match draw(st.integers(0, 3)):
+            case 0:
+                node.pop(key, None)
+            case 1:
+                node[draw(st.text(max_size=8) | st.integers())] = draw(VALUES)
+            case _:
+                node[key] = draw(VALUES)
+    return yaml.safe_dump(raw, allow_unicode=draw(st.booleans())).encode(errors="surrogatepass")
+
+
+YAML_TEXT = st.text(alphabet="abk:-[]{}&*!<>|?#'\"%@`,. \n\t0123~=", max_size=60)
+
+
+@sizes(40, 2000)
+def test_config_files(tmp_path: Path, count: int) -> None:
+    path = tmp_path / "c.yaml"
+
+    def check(content: bytes) -> None:
+        path.write_bytes(content)
+        try:
+            config = load(path)
+        except InputError as error:
+            return refused(error)
+        (tmp_path / "again.yaml").write_text(dump(config), encoding="utf-8")
+        assert dump(load(tmp_path / "again.yaml")) == dump(config)
+
+    garbage = st.binary(max_size=60) | YAML_TEXT.map(lambda t: t.encode())
+    with only_in(tmp_path):
+        fuzz(count, check, configs() | configs() | garbage)
+
+
+@sizes(30, 1500)
+def test_overrides(tmp_path: Path, count: int) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(WHOLE))
+    key = st.sampled_from([".".join(p) for p in KEYS]) | st.text(max_size=12)
+    value = YAML_TEXT | VALUES.map(lambda v: yaml.safe_dump(v, default_flow_style=True))
+
+    def check(overrides: list[str]) -> None:
+        try:
+            load(path, overrides)
+        except InputError as error:
+            refused(error)
+
+    one = st.tuples(key, value).map("=".join) | st.text(max_size=12)
+    with only_in(tmp_path):
+        fuzz(count, check, st.lists(one, min_size=1, max_size=3))
+
+
+# ── data ──────────────────────────────────────────────────────────────────────────────────────────
+
+ROWS = [{"prompt": f"{i}+1=", "response": str(i + 1), "answer": i + 1} for i in range(4)]
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+MESSAGES = st.lists(
+    st.fixed_dictionaries({"role": st.sampled_from(["user", "x"]), "content": JSON}), max_size=2
+)
+SURROGATES = st.sampled_from(["\ud83d", "a\udc00", "ok"])
+FIELD = JSON | st.text() | MESSAGES | SURROGATES
+ROW = st.dictionaries(st.sampled_from(["prompt", "response", "answer", "more"]), FIELD, max_size=4)
+
+
+def parquet(rows: list[dict[str, Any]]) -> bytes:
+    sink = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), sink)
+    return bytes(sink.getvalue())
+
+
+SOUND = {
+    ".jsonl": "".join(json.dumps(row) + "\n" for row in ROWS).encode(),
+    ".json": json.dumps(ROWS).encode(),
+    ".parquet": parquet(ROWS),
+}
+
+
+@st.composite
+def spoiled(draw: st.DrawFn, content: bytes) -> bytes:
+    """Bytes of which some are others, are gone, or come twice; or nothing but garbage."""
+    if draw(st.integers(0, 9)) == 0:
+        return draw(st.binary(max_size=80))
+    spoilt = bytearray(content)
+    for _ in range(draw(st.integers(1, 4))):
+        at = draw(st.integers(0, max(len(spoilt) - 1, 0)))
+        match draw(st.integers(0, 3)):
+            case 0:
+                spoilt[at : at + 1] = draw(st.binary(min_size=1, max_size=3))
+            case 1:
+                del spoilt[at:]
+            case 2:
+                del spoilt[at : at + draw(st.integers(1, 40))]
+            case _:
+                spoilt[at:at] = spoilt[at : at + draw(st.integers(1, 40))]
+    return bytes(spoilt)
+
+
+def accepted(path: Path) -> None:
+    """Reads a file for each use; what is taken can be turned into tokens."""
+    tokenizer = _character_tokenizer(["0123456789+=ab"])
+    for origin in ("labelled", "verifiable", "unlabelled"):
+        for needs_answer in (False, True):
+            try:
+                rows = read([FileSource(path=str(path))], origin, origin, needs_answer)  # type: ignore[arg-type]
+                Encoder(tokenizer, Data(max_prompt_tokens=64)).prompts(rows, origin)  # type: ignore[arg-type]
+            except InputError as error:
+                refused(error)
+
+
+@pytest.mark.parametrize("kind", SOUND)
+@sizes(15, 900)
+def test_bytes_of_data_files(tmp_path: Path, kind: str, count: int) -> None:
+    path = tmp_path / f"rows{kind}"
+
+    def check(content: bytes) -> None:
+        path.write_bytes(content)
+        accepted(path)
+
+    with only_in(tmp_path):
+        fuzz(count, check, spoiled(SOUND[kind]))
+
+
+@sizes(25, 1500)
+def test_rows(tmp_path: Path, count: int) -> None:
+    path = tmp_path / "rows.jsonl"
+
+    def check(rows: list[dict[str, Any]]) -> None:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        accepted(path)
+
+    with only_in(tmp_path):
+        fuzz(count, check, st.lists(ROW, max_size=3))
+
+
+@sizes(5, 300)
+def test_parquet_rows(tmp_path: Path, count: int) -> None:
+    path = tmp_path / "rows.parquet"
+    value = st.text(max_size=8) | st.integers(-9, 9) | st.floats() | st.binary(max_size=4)
+    column = st.lists(st.none() | value, min_size=1, max_size=3)
+
+    def check(columns: dict[str, list[Any]]) -> None:
+        length = max(map(len, columns.values()), default=0)
+        filled = {k: (v * length)[:length] for k, v in columns.items()}
+        try:
+            pyarrow.parquet.write_table(pyarrow.table(filled), path)
+        except (pyarrow.ArrowException, UnicodeEncodeError, ValueError):
+            return  # no such table
+        accepted(path)
+
+    names = st.sampled_from(["prompt", "response", "answer"])
+    with only_in(tmp_path):
+        fuzz(count, check, st.dictionaries(names, column, max_size=3))
+
+
+# ── checkpoints ───────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a loop whose every part remembers something."""
+    run = tmp_path_factory.mktemp("run")
+    rig = Rig(run, stream={"max_lag": 1}, train={"steps": 3}, eval={"every": 1})
+    rig.loop.run(lambda: rig.loop.state.step >= 2)
+    (folder,) = (run / "checkpoints").iterdir()
+    return folder
+
+
+@st.composite
+def harms(draw: st.DrawFn) -> tuple[str, int, int, Any]:
+    kinds = ["flip", "cut", "grow", "delete", "link", "extra", "manifest", "state", "state", "none"]
+    return (
+        draw(st.sampled_from(kinds)),
+        draw(st.integers(0, 99)),
+        draw(st.integers(0, 10**6)),
+        draw(JSON),
+    )
+
+
+def _mutated(node: Any, number: int, value: Any) -> Any:
+    """Plain data with one of its parts, at any depth, replaced by a value."""
+    inner = list(node) if isinstance(node, dict) else range(len(node)) if node else []
+    if not isinstance(node, (dict, list)) or not inner or number % 5 == 0:
+        return value
+    key = list(inner)[number % len(inner)]
+    node[key] = _mutated(node[key], number // 5, value)
+    return node
+
+
+def harm(folder: Path, kind: str, which: int, where: int, value: Any) -> None:
+    every = sorted(p for p in folder.rglob("*") if p.is_file())
+    path = every[which % len(every)]
+    content = bytearray(path.read_bytes())
+    match kind:
+        case "flip" if content:
+            content[where % len(content)] ^= 1 + where % 255
+            path.write_bytes(content)
+        case "cut" if content:
+            path.write_bytes(content[: where % len(content)])
+        case "grow":
+            path.write_bytes(content + b"x")
+        case "delete":
+            path.unlink()
+        case "link":
+            path.unlink()
+            path.symlink_to(("/etc/hostname", folder.parent, "nowhere", every[0])[where % 4])
+        case "extra":
+            (folder / f"more-{where}.pt").write_bytes(b"x")
+        case "manifest":
+            sums = json.loads((folder / files.MANIFEST).read_text())
+            (folder / files.MANIFEST).write_text(json.dumps(_mutated(sums, where, value)))
+        case "state":  # and sealed again, as if somebody had meant it
+            state = _mutated(json.loads((folder / "state.json").read_text()), where, value)
+            (folder / "state.json").write_text(json.dumps(state))
+            (folder / files.MANIFEST).unlink()
+            files._seal(folder)
+
+
+@sizes(20, 1500)
+def test_checkpoints(tmp_path: Path, checkpoint: Path, count: int) -> None:
+    folder = tmp_path / "run" / "checkpoints" / checkpoint.name
+
+    def check(done: tuple[str, int, int, Any]) -> None:
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        shutil.copytree(checkpoint, folder)
+        harm(folder, *done)
+        chosen, problems = Checkpoints(tmp_path / "run", 2).newest_whole()
+        assert (chosen is None) == (len(problems) == 1)
+        try:
+            _, parts = read_state(folder)
+            rig = Rig(tmp_path / "other", stream={"max_lag": 1})
+            _recall(rig.memory, parts, folder)
+        except InputError as error:
+            return refused(error)
+        assert done[0] in ("none", "state") or files.damage(checkpoint) == files.damage(folder)
+
+    with only_in(tmp_path):
+        fuzz(count, check, harms())
+
+
+# ── rewards ───────────────────────────────────────────────────────────────────────────────────────
+
+SIGNS = r"""
+\boxed{ } { \frac \sqrt ^ _ $ ( ) [ ] , . - + = % ! & \\ \text{ \pi \left \right \cdot \infty \int
+\sum \begin{pmatrix} \end{pmatrix} x e 9 12 0.5 1,000 10^{10} 9^9 A: inf nan 1e999 ٣ ²
+"""
+PIECES = st.sampled_from([*SIGNS.split(), " ", "\n", "\u2028", "\0"])
+MATHS = st.lists(PIECES, max_size=14).map("".join)
+TEXTS = MATHS | st.text(max_size=60)
+EXTRACTS = [
+    *(Extract(kind=kind) for kind in ("text", "first_line", "last_number")),
+    ExtractAfter(kind="after", marker="A:"),
+]
+
+
+@sizes(40, 1500)
+def test_answers_out_of_texts(tmp_path: Path, count: int) -> None:
+    judged = Judged(numeric(NumericReward(kind="numeric")), "numeric", "zero")
+
+    def check(text: str, answer: str) -> None:
+        for extract in EXTRACTS:
+            found = extractor(extract)(text)
+            assert found is None or (isinstance(found, str) and found)
+        (score,) = judged.score([rollout(text, answer)])
+        assert score.value in (0.0, 1.0)
+
+    with only_in(tmp_path):
+        fuzz(count, check, TEXTS, TEXTS, deadline_s=5)
+
+
+@sizes(5, 300)
+def test_mathematics(tmp_path: Path, count: int) -> None:
+    """math-verify gets five seconds for each of reading twice and comparing."""
+    judged, boxed = Judged(mathematics, "math", "zero"), extractor(Extract(kind="boxed"))
+
+    def check(text: str, answer: str) -> None:
+        (score,) = judged.score([rollout(text, answer)])
+        assert score.value in (0.0, 1.0)
+        with contextlib.suppress(Exception):  # as a vote does, which then counts a fault
+            boxed(text)
+
+    with only_in(tmp_path):
+        fuzz(count, check, TEXTS, MATHS | st.sampled_from(["5", "x^2", "\\pi"]), deadline_s=30)
+
+
+WORDS = """
+open('/tmp/x','w') __import__('os') .system('true') ().__class__ [ ] ( ) , x C 9 12 ** ^ / * + - . _
+Q ' " ! exec eval input sin Symbol f'{ }'
+"""
+CODE = st.sampled_from([*WORDS.split(), "lambda: ", " if ", " else ", " for ", " in ", " ", "\n"])
+
+
+@sizes(5, 200)
+def test_verifiers_that_evaluate(tmp_path: Path, count: int) -> None:
+    entries = {task: entry_of(task) for task in ("n_queens", "spiral_matrix", "countdown")}
+    judge = gym(GymReward(kind="reasoning_gym", strict=False))
+    judged = Judged(judge, "reasoning_gym", "zero")
+
+    def check(text: str) -> None:
+        for task, entry in entries.items():
+            (score,) = judged.score([asked(text, task, entry)])
+            assert math.isfinite(score.value)
+
+    with only_in(tmp_path):
+        fuzz(count, check, st.lists(CODE, max_size=8).map("".join))
+
+
+def test_the_watch_sees_what_it_should(tmp_path: Path) -> None:
+    """Otherwise the tests above could not fail."""
+    watched.append(tmp_path / "inside")
+    (tmp_path / "outside").write_text("x")
+    os.system("true")
+    watched.clear()
+    assert [v.split()[0] for v in violations] == ["open", "os.system"]
+    violations.clear()
+
+
+def test_the_sizes_add_up() -> None:
+    source = Path(__file__).read_text()
+    found = [line for line in source.splitlines() if line.startswith("@sizes(")]
+    pairs = np.array([eval(line.removeprefix("@sizes")) for line in found])
+    files_of_data = pairs[2] * (len(SOUND) - 1)
+    fast, slow = pairs.sum(0) + files_of_data
+    assert 150 <= fast <= 250 and slow >= 10_000
