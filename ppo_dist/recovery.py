@@ -32,6 +32,21 @@ class Start:
     state: RunState = field(default_factory=RunState)
     saved: dict[str, Any] = field(default_factory=dict)
 
+    def recall(self, memory: Memory) -> None:
+        """Fills a memory with what the coordinator remembered here.
+
+        Raises:
+            InputError: that does not go with the run's config and data.
+        """
+        if self.checkpoint is None:
+            return
+        try:
+            memory.load_state_dict(self.saved)
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"{self.checkpoint}: does not go with this config and this data: {error}"
+            ) from None
+
 
 @dataclass(frozen=True)
 class Recovery:
@@ -80,13 +95,7 @@ class Recovery:
 
     def _memory(self, start: Start) -> Memory:
         memory = remembered(self.config, self.encoded)
-        if start.checkpoint is not None:
-            try:
-                memory.load_state_dict(start.saved)
-            except (ValueError, LookupError, TypeError, AttributeError) as error:
-                raise InputError(
-                    f"{start.checkpoint}: does not go with this config and this data: {error}"
-                ) from None
+        start.recall(memory)
         return memory
 
     def _newest(self, start: Start) -> Start:

@@ -35,10 +35,10 @@ from ppo_dist.coordinator.state import Checkpoints, read_state
 from ppo_dist.data.encode import Encoder
 from ppo_dist.data.sources import read
 from ppo_dist.models.scratch import _character_tokenizer
+from ppo_dist.recovery import Start
 from ppo_dist.rewards.extract import extractor
 from ppo_dist.rewards.gym import gym
 from ppo_dist.rewards.rules import Judged, mathematics, numeric
-from ppo_dist.run import _recall
 from tests.conftest import raw_config
 from tests.unit.rig import Rig
 from tests.unit.test_gym import entry_of
@@ -53,7 +53,7 @@ violations: list[str] = []
 def _audit(event: str, arguments: tuple[Any, ...]) -> None:
     if not watched:
         return
-    if event in REACHES_OUT and not (event == "os.remove" and _is_allowed(arguments[0])):
+    if event in REACHES_OUT and not (event == "os.remove" and _is_allowed(*arguments)):
         violations.append(f"{event} {arguments[:1]}")
     if event == "open" and isinstance(arguments[0], (str, bytes)):
         path, mode, flags = arguments
@@ -62,8 +62,10 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
             violations.append(f"open {path!r}")
 
 
-def _is_allowed(path: Any) -> bool:
-    name = os.path.realpath(os.fsdecode(path))
+def _is_allowed(path: Any, within: int = -1) -> bool:
+    """`within` is the descriptor of the folder that a relative path starts in, if it has one."""
+    parent = f"/proc/self/fd/{within}" if within >= 0 else ""
+    name = os.path.realpath(os.path.join(parent, os.fsdecode(path)))
     is_cache = any(part in name for part in ("/.hypothesis", "__pycache__", "/dev/"))
     return is_cache or any(name.startswith(str(folder)) for folder in watched)
 
@@ -73,6 +75,7 @@ sys.addaudithook(_audit)
 
 @contextlib.contextmanager
 def only_in(folder: Path) -> Iterator[None]:
+    violations.clear()
     watched.append(folder.resolve())
     try:
         yield
@@ -326,10 +329,10 @@ def harms(draw: st.DrawFn) -> tuple[str, int, int, Any]:
 
 def _mutated(node: Any, number: int, value: Any) -> Any:
     """Plain data with one of its parts, at any depth, replaced by a value."""
-    inner = list(node) if isinstance(node, dict) else range(len(node)) if node else []
-    if not isinstance(node, (dict, list)) or not inner or number % 5 == 0:
+    if not isinstance(node, (dict, list)) or not node or number % 5 == 0:
         return value
-    key = list(inner)[number % len(inner)]
+    inner = list(node) if isinstance(node, dict) else range(len(node))
+    key = inner[number % len(inner)]
     node[key] = _mutated(node[key], number // 5, value)
     return node
 
@@ -374,9 +377,9 @@ def test_checkpoints(tmp_path: Path, checkpoint: Path, count: int) -> None:
         chosen, problems = Checkpoints(tmp_path / "run", 2).newest_whole()
         assert (chosen is None) == (len(problems) == 1)
         try:
-            _, parts = read_state(folder)
+            state, parts = read_state(folder)
             rig = Rig(tmp_path / "other", stream={"max_lag": 1})
-            _recall(rig.memory, parts, folder)
+            Start(folder, state, parts).recall(rig.memory)
         except InputError as error:
             return refused(error)
         assert done[0] in ("none", "state") or files.damage(checkpoint) == files.damage(folder)
@@ -454,6 +457,7 @@ def test_verifiers_that_evaluate(tmp_path: Path, count: int) -> None:
 
 def test_the_watch_sees_what_it_should(tmp_path: Path) -> None:
     """Otherwise the tests above could not fail."""
+    violations.clear()
     watched.append(tmp_path / "inside")
     (tmp_path / "outside").write_text("x")
     os.system("true")
