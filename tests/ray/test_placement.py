@@ -55,7 +55,8 @@ def test_split_workers_share_no_gpu(tmp_path: Path, nodes: int, gpus: int) -> No
     assert on == sorted(on), "neighbouring ranks stand together"
 
 
-@pytest.mark.parametrize(("nodes", "gpus"), [(2, 4), pytest.param(4, 2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("nodes", "gpus"), [(2, 4), (4, 2)])
 def test_colocated_workers_stand_with_their_learners(tmp_path: Path, nodes: int, gpus: int) -> None:
     raw = raw_config(
         tmp_path,
