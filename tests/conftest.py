@@ -15,6 +15,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--soak STEPS`: how long the soak test is."""
+    parser.addoption("--soak", type=int, help="steps of tests/faults/test_soak.py (default: 500)")
+
+
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """The one Ray of the test run, with more logical CPUs than the machine has."""

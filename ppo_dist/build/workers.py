@@ -39,9 +39,9 @@ def cluster(config: Config) -> Iterator[None]:
         yield
         return
     address = config.cluster.address or os.environ.get("RAY_ADDRESS", "")
-    if address.startswith(("127.0.0.1:", "localhost:")):
-        # or Ray, once it is imported, takes this for the machine's outer address, where a head of
-        # launch/ray_head.sh does not listen
+    if not address or address.startswith(("127.0.0.1:", "localhost:")):
+        # or Ray, once it is imported, takes the machine's outer address: a Ray of this machine
+        # alone would listen there, and a head of launch/ray_head.sh would not
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     from ppo_dist.cluster.layout import layout
     from ppo_dist.cluster.session import nodes, session

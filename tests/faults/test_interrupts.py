@@ -230,3 +230,17 @@ def test_no_process_outlives_a_run_on_ray(long: Path, tmp_path: Path, how: str) 
     again = numbers(folder)
     assert again[-1]["step"] == steps and steps < 40
     assert again == numbers(long)[: steps + 1]
+
+
+def test_a_ray_of_its_own_is_reached_from_this_machine_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with on_ray(folder) as (process, mark):
+        wait_for(folder, 1, process)
+        listening = {
+            (own.laddr.ip, own.laddr.port)
+            for each in marked(mark)
+            if "LearnerActor" not in each.cmdline()[0]  # torch's rendezvous listens everywhere
+            for own in each.net_connections(kind="inet")
+            if own.status == psutil.CONN_LISTEN
+        }
+    assert listening and {ip for ip, _ in listening} <= {"127.0.0.1", "::1"}, listening

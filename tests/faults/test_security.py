@@ -53,7 +53,6 @@ def places(wanted: str) -> set[str]:
 
 
 def test_nothing_that_is_read_is_run() -> None:
-    """The one exception, if there is any, is DeepSpeed's own reader of its checkpoints."""
     wrong = []
     for path in SOURCES:
         where = path.relative_to(ROOT)
@@ -77,7 +76,7 @@ def test_nothing_that_is_read_is_run() -> None:
             ):
                 wrong.append(f"{where}:{call.lineno}: {name}")
     assert not wrong, wrong
-    assert places("load_checkpoint") <= {"learner/engine.py"}
+    assert not places("load_checkpoint"), "DeepSpeed's checkpoints are pickles"
     assert places("exec_module") == {"rewards/user.py"}, "the files that a config names"
 
 

@@ -1,0 +1,246 @@
+"""A long run whose processes are killed again and again: it ends with the numbers of one that was
+left alone, and leaves nothing behind.
+
+    pytest tests/faults/test_soak.py -m slow                  # 500 steps, 25 kills
+    pytest tests/faults/test_soak.py -m slow --soak 2000      # as many kills a step
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from ppo_dist.tracking.local import read_rows
+from tests.conftest import raw_config
+from tests.faults.test_interrupts import gone, marked
+
+pytestmark = pytest.mark.slow
+STEPS, KILLS = 500, 25
+RESUMES_BEFORE = 0.4  # of the run: later the driver stays, so that its memory can be looked at
+TIMINGS = ("timing_s/", "perf/")
+EVERY_S = 1.0
+ROLES = {
+    "ppo_dist": "driver",
+    "raylet": "raylet",
+    "gcs_server": "gcs",
+    "ray::RolloutActor": "rollout worker",
+    "ray::LearnerActor": "learner",
+}
+VICTIMS = ("rollout worker", "learner", "driver")
+
+
+def role(process: psutil.Process) -> str | None:
+    words = " ".join(process.cmdline()[:3])
+    return next((role for sign, role in ROLES.items() if sign in words), None)
+
+
+class Watch:
+    """Memory and open files of every process of a run, by role and step."""
+
+    def __init__(self, mark: str, folder: Path) -> None:
+        self.memory: dict[str, list[tuple[int, int]]] = defaultdict(list)
+        self.files: dict[str, list[tuple[int, int]]] = defaultdict(list)
+        self._mark, self._folder, self._over = mark, folder, threading.Event()
+
+    @contextlib.contextmanager
+    def on(self) -> Iterator[Watch]:
+        thread = threading.Thread(target=self._look)
+        thread.start()
+        try:
+            yield self
+        finally:
+            self._over.set()
+            thread.join()
+
+    def _look(self) -> None:
+        while not self._over.wait(EVERY_S):
+            step = step_of(self._folder)
+            for process in marked(self._mark):
+                with contextlib.suppress(psutil.Error):
+                    if (kind := role(process)) is not None:
+                        self.memory[kind].append((step, process.memory_info().rss))
+                        self.files[kind].append((step, process.num_fds()))
+
+
+def step_of(folder: Path) -> int:
+    try:
+        return max((folder / "metrics.jsonl").read_bytes().count(b"\n") - 1, 0)
+    except OSError:
+        return 0
+
+
+class Soak:
+    """A run in processes of its own, killed at steps that are drawn in advance."""
+
+    def __init__(self, folder: Path, steps: int, kills: int) -> None:
+        self.folder, self.steps = folder, steps
+        self.mark = uuid.uuid4().hex
+        draw = random.Random(0)
+        at = sorted(draw.sample(range(5, steps - 5), kills))
+        self.plan = [
+            (step, draw.choice(VICTIMS if step < RESUMES_BEFORE * steps else VICTIMS[:2]))
+            for step in at
+        ]
+        self.killed: Counter[str] = Counter()
+        self.resume_s: list[float] = []
+        self.process = self._start()
+
+    def run(self, deadline_s: float) -> None:
+        """Kills as planned until the run has ended."""
+        end = time.monotonic() + deadline_s
+        for step, victim in self.plan:
+            self._wait(lambda step=step: step_of(self.folder) >= step, end)
+            self._kill(victim, end)
+        assert self.process.wait(max(end - time.monotonic(), 1)) == 0, self._said()
+
+    def _kill(self, victim: str, end: float) -> None:
+        self._wait(lambda: bool(self._of(victim)), end)
+        before, process = step_of(self.folder), self._of(victim)[0]
+        if victim == "driver":
+            return self._kill_driver(before, end)
+        process.send_signal(signal.SIGKILL)
+        self.killed[victim] += 1
+        if victim == "learner":
+            self._wait(lambda: self._count("learners_rebuilt") == self.killed["learner"], end)
+        self._wait(lambda: step_of(self.folder) > before, end)
+
+    def _kill_driver(self, before: int, end: float) -> None:
+        self.process.kill()
+        self.process.wait()
+        assert gone(self.mark, within_s=60) == [], "Ray's processes outlive the driver"
+        self.killed["driver"] += 1
+        begin = time.monotonic()
+        self.process = self._start("--resume")
+        self._wait(lambda: self._count("resumed") == self.killed["driver"], end)
+        self._wait(lambda: step_of(self.folder) > before, end)
+        self.resume_s.append(time.monotonic() - begin)
+
+    def _count(self, kind: str) -> int:
+        return sum(event["event"] == kind for event in self._events())
+
+    def _events(self) -> list[dict[str, Any]]:
+        path = self.folder / "events.jsonl"
+        return read_rows(path) if path.exists() else []
+
+    def _of(self, kind: str) -> list[psutil.Process]:
+        return [p for p in marked(self.mark) if role(p) == kind]
+
+    def _start(self, *words: str) -> subprocess.Popen[str]:
+        path = self.folder.with_suffix(".yaml")
+        log = self.folder.with_suffix(".log").open("a")
+        return subprocess.Popen(
+            [sys.executable, "-m", "ppo_dist", "train", str(path), *words],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "PPO_DIST_MARK": self.mark},
+            start_new_session=True,
+        )
+
+    def _wait(self, is_so: Any, end: float) -> None:
+        while not is_so():
+            assert self.process.poll() in (None, 0), self._said()
+            assert time.monotonic() < end, self._said()
+            if self.process.poll() == 0:
+                return
+            time.sleep(0.05)
+
+    def _said(self) -> str:
+        return self.folder.with_suffix(".log").read_text()[-3000:]
+
+
+def config(folder: Path, steps: int, **sections: Any) -> Path:
+    raw = raw_config(
+        folder,
+        train={"steps": steps, "checkpoint_every": 10},
+        stream={"max_lag": 1},
+        eval={"every": 0},
+        **sections,
+    )
+    raw["learner"]["lr"] = raw["learner"]["critic_lr"] = 1e-4  # no end of the world in between
+    path = folder.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(raw))
+    return path
+
+
+def numbers(folder: Path) -> list[dict[str, Any]]:
+    rows = read_rows(folder / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if not k.startswith(TIMINGS)} for row in rows]
+
+
+def is_flat(seen: list[tuple[int, int]], steps: int) -> bool:
+    """Whether the median of the last quarter of the steps is at most 5 % above the one before."""
+    third, last = (
+        [value for step, value in seen if low * steps <= step < low * steps + steps / 4]
+        for low in (0.5, 0.75)
+    )
+    return statistics.median(last) <= 1.05 * statistics.median(third)
+
+
+def test_soak(tmp_path: Path, pytestconfig: pytest.Config) -> None:
+    steps = pytestconfig.getoption("--soak") or STEPS
+    kills = KILLS * steps // STEPS
+    plain = tmp_path / "plain"
+    command = [sys.executable, "-m", "ppo_dist", "train", str(config(plain, steps))]
+    subprocess.run(command, check=True)
+    shared = set(os.listdir("/dev/shm"))
+    folder = tmp_path / "run"
+    limits = {"restarts": kills, "backoff_s": 0.1}
+    config(folder, steps, cluster={"kind": "ray", "cpus": 4, **limits}, rollout={"workers": 2})
+    soak = Soak(folder, steps, kills)
+    try:
+        with Watch(soak.mark, folder).on() as watch:
+            soak.run(deadline_s=60 * kills + 2 * steps)
+        left = gone(soak.mark, within_s=60)
+    finally:
+        for process in marked(soak.mark):
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+    events = read_rows(folder / "events.jsonl")
+    back = {
+        kind: [e["seconds"] for e in events if e["event"] == name]
+        for kind, name in (
+            ("rollout worker", "rollout_worker_restarted"),
+            ("learners", "learners_rebuilt"),
+        )
+    }
+    lost = [
+        sum(sign * e["step"] for e in events if e["event"] == name)
+        for name, sign in (("learners_lost", 1), ("learners_rebuilt", -1))
+    ]
+    told = {
+        "steps": steps,
+        "killed": dict(soak.killed),
+        "steps made again since learners died": sum(lost),
+        "seconds to recover, median and longest": {
+            kind: [round(statistics.median(s), 1), round(max(s), 1)]
+            for kind, s in (*back.items(), ("driver", soak.resume_s))
+            if s
+        },
+        "largest memory, MB": {k: max(v for _, v in s) // 10**6 for k, s in watch.memory.items()},
+        "most open files": {k: max(v for _, v in s) for k, s in watch.files.items()},
+    }
+    print(json.dumps(told, indent=1))
+    assert sum(soak.killed.values()) == kills
+    assert numbers(folder) == numbers(plain)
+    assert left == [] and set(os.listdir("/dev/shm")) <= shared
+    for kind in ROLES.values():
+        assert is_flat(watch.memory[kind], steps), (kind, watch.memory[kind])
+        assert is_flat(watch.files[kind], steps), (kind, watch.files[kind])
