@@ -1,5 +1,5 @@
-"""The command line of `ppo-dist`: train, eval, bench, label-efficiency, export, replay, fetch,
-submit.
+"""The command line of `ppo-dist`: train, eval, bench, label-efficiency, export, scale,
+replay, fetch, submit.
 """
 
 from __future__ import annotations
@@ -154,6 +154,13 @@ def _add_beside_training(commands: Commands) -> None:
     command.add_argument("checkpoint", type=Path, help="a checkpoint folder of a run")
     command.add_argument("out", type=Path, help="folder to write")
 
+    what = "change the number of workers of a run while it goes on"
+    example = "ppo-dist scale runs/mine --rollout-workers 8 --learners 4"
+    command = _add(commands, "scale", _scale, what, example)
+    command.add_argument("run_folder", type=Path, metavar="RUN", help="the run's folder")
+    command.add_argument("--rollout-workers", type=int, metavar="N", help="from the next step on")
+    command.add_argument("--learners", type=int, metavar="N", help="from the next checkpoint on")
+
     what = "make an update again that was skipped, and say what is not finite"
     example = "ppo-dist replay runs/mine/skipped/step-00000012-update-0.npz"
     command = _add(commands, "replay", _replay, what, example)
@@ -260,6 +267,17 @@ def _export(arguments: argparse.Namespace) -> int:
     from ppo_dist.inspect import export
 
     export(arguments.checkpoint, arguments.out)
+    return 0
+
+
+def _scale(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from ppo_dist.coordinator.scale import Scale
+    from ppo_dist.inspect import rescale
+
+    scale = Scale(arguments.rollout_workers, arguments.learners)
+    rescale(arguments.run_folder, scale, Console())
     return 0
 
 

@@ -1,4 +1,6 @@
-"""What can be done beside training: a dry run, an evaluation, an export, a replay."""
+"""What can be done beside training: a dry run, other numbers of workers, an evaluation, an export,
+a replay.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +15,40 @@ from ppo_dist import build
 from ppo_dist.config import ORIGINS, Config, InputError
 from ppo_dist.config.load import merged, read_yaml, validated
 from ppo_dist.coordinator.experience import supervised
+from ppo_dist.coordinator.scale import Scale
 from ppo_dist.coordinator.state import Checkpoints, read_state
 from ppo_dist.coordinator.watch import not_finite, read_update
+from ppo_dist.lock import is_taken
 from ppo_dist.run import CONFIG
 from ppo_dist.tracking.metrics import Row
 from ppo_dist.types import Prompt
+
+
+def rescale(folder: Path, scale: Scale, console: Console) -> None:
+    """Asks the run in a folder for other numbers of workers.
+
+    Raises:
+        InputError: no run goes on there, or its workers' numbers cannot change.
+    """
+    if not is_taken(folder):
+        raise InputError(
+            f"{folder}: no run goes on here; --resume takes rollout.workers and learner.workers"
+        )
+    raw = read_yaml(folder / CONFIG)
+    for section, number in (("rollout", scale.rollout_workers), ("learner", scale.learners)):
+        if number is not None:
+            raw[section]["workers"] = number
+    config = validated(Config, raw, folder / CONFIG)
+    if config.cluster.kind == "local" or config.cluster.placement == "colocated":
+        raise InputError(
+            f"{folder}: the number of workers can change with cluster.kind: ray and "
+            "cluster.placement: split alone"
+        )
+    before = Scale.of(folder)
+    Scale(scale.rollout_workers or before.rollout_workers, scale.learners or before.learners).ask(
+        folder
+    )
+    console.print("asked: rollout workers change at the next step, learners at a checkpoint")
 
 
 def dry_run(config: Config, console: Console) -> None:

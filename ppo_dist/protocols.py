@@ -189,4 +189,11 @@ class RolloutPool(Protocol):
         """
 
     def busy_s(self) -> float:
-        """Seconds that workers, added up, spent on what was collected since this was last asked."""
+        """Seconds that a worker, on average, spent on what was collected since this was last
+        asked.
+        """
+
+    def resize(self, workers: int) -> None:
+        """Has so many workers from now on, where that can be changed: more begin beside what goes
+        on, those too many end once they are idle. The numbers of a run do not depend on it.
+        """

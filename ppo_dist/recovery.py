@@ -1,5 +1,5 @@
-"""A run that goes on from its last checkpoint when its learners are lost, just as if it had been
-stopped and resumed there.
+"""A run that goes on from its last checkpoint when its learners are lost or shall be more or fewer,
+just as if it had been stopped and resumed there.
 """
 
 from __future__ import annotations
@@ -7,16 +7,18 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ppo_dist import files
 from ppo_dist.config import Config, InputError, RunError, WorkersLost
 from ppo_dist.coordinator.loop import Loop, Memory, Outcome
+from ppo_dist.coordinator.scale import Scale
 from ppo_dist.coordinator.state import Checkpoints, RunState, read_state
 from ppo_dist.journey import Encoded, Journey, remembered
 from ppo_dist.protocols import Tracker
+from ppo_dist.tracking.local import record_event
 
 
 @dataclass(frozen=True)
@@ -58,17 +60,36 @@ class Recovery:
     open_tracker: Callable[[Start], Tracker]
 
     def run(self, start: Start, interrupted: Callable[[], bool]) -> tuple[Outcome, Loop]:
-        """To the last step or a stop.
+        """To the last step or a stop. Where the number of learners is to change at a checkpoint,
+        the run goes on from there with others, or with those of before if there is no room.
 
         Raises:
             InputError: a start does not go with this config and this data, or the cluster does not.
             RunError: learners were lost too often without a newer checkpoint in between, since the
                 disk is full, or cannot be started anew; or other workers failed for good.
         """
-        cluster, lost, lost_at = self.config.cluster, 0, None
+        config, before = self.config, None
         while True:
             try:
-                return self._journey(start, lost_at, interrupted)
+                outcome, loop = self._lasting(config, start, interrupted)
+            except InputError as error:
+                if before is None:
+                    raise
+                self._refuse(config, str(error))
+                config, before = before, None
+            else:
+                if outcome != "rescale":
+                    return outcome, loop
+                before, config = config, self._rescaled(config, loop.state.step)
+            start = self._newest(start)
+
+    def _lasting(
+        self, config: Config, start: Start, interrupted: Callable[[], bool]
+    ) -> tuple[Outcome, Loop]:
+        cluster, lost, lost_at = config.cluster, 0, None
+        while True:
+            try:
+                return self._journey(config, start, lost_at, interrupted)
             except WorkersLost as error:
                 if files.disk_fault(error) is not None:
                     raise  # they would fail again
@@ -86,12 +107,25 @@ class Recovery:
                 raise RunError(f"after learners were lost: {error}") from error
 
     def _journey(
-        self, start: Start, lost_at: float | None, interrupted: Callable[[], bool]
+        self, config: Config, start: Start, lost_at: float | None, interrupted: Callable[[], bool]
     ) -> tuple[Outcome, Loop]:
         memory = self._memory(start)
         with contextlib.closing(self.open_tracker(start)) as tracker:
-            journey = Journey(self.config, self.model_path, self.encoded, memory, tracker, lost_at)
+            journey = Journey(config, self.model_path, self.encoded, memory, tracker, lost_at)
             return journey.run(start.checkpoint, start.state, interrupted)
+
+    def _rescaled(self, config: Config, step: int) -> Config:
+        """A config with as many learners as the run is asked for."""
+        folder, learner = Path(config.run.dir), config.learner
+        learners = {"before": learner.workers, "now": Scale.of(folder).learners}
+        record_event(folder, "rescaled", step=step, learners=learners)
+        changed = learner.model_copy(update={"workers": learners["now"] or learner.workers})
+        return config.model_copy(update={"learner": changed})
+
+    def _refuse(self, config: Config, reason: str) -> None:
+        folder = Path(config.run.dir)
+        record_event(folder, "rescale_refused", learners=config.learner.workers, reason=reason)
+        replace(Scale.of(folder), learners=None).ask(folder)
 
     def _memory(self, start: Start) -> Memory:
         memory = remembered(self.config, self.encoded)

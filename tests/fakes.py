@@ -90,6 +90,9 @@ class FakePool:
     def busy_s(self) -> float:
         return 0.0
 
+    def resize(self, workers: int) -> None:
+        self.events.append(f"resize {workers}")
+
     def load(self, weights: Weights) -> bool:
         self.events.append(f"load {weights.version}")
         self.engine.load(weights.version, weights.parts)

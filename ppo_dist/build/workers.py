@@ -100,7 +100,8 @@ def connected(
         crew = Crew(config, of_rollouts, make_engine, receiver, lent)
         remote = [RemoteWorker(crew, slot) for slot in of_rollouts.slots]
         transports.preflight(config, ranks, remote)
-        yield ranks, remote, _remote_rewards(config, model_path, of_judges)
+        with contextlib.closing(crew):
+            yield ranks, remote, _remote_rewards(config, model_path, of_judges)
 
 
 @contextlib.contextmanager
@@ -206,7 +207,10 @@ def _started(
     from ppo_dist.rollout.pool import Pool
 
     keep, limits = config.stream.max_lag + 2, config.cluster
-    made = Pool(remote, keep, _events(config), takes_turns=takes_turns, limits=limits)
+    another = None if takes_turns else remote[0].crew.another
+    made = Pool(
+        remote, keep, _events(config), takes_turns=takes_turns, limits=limits, another=another
+    )
     with contextlib.closing(made) as pool:
         if takes_turns:
             pool.sleep()  # once their models are there: the learners load theirs next

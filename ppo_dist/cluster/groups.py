@@ -114,9 +114,8 @@ class RayRanks:
 
 def place(places: Places, slot: Slot) -> dict[str, Any]:
     """The actor options of a worker in one of the reserved places."""
-    strategy = PlacementGroupSchedulingStrategy(
-        places.group, placement_group_bundle_index=slot.bundle
-    )
+    group, index = places.bundles[slot.bundle]
+    strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
     return {"num_cpus": slot.cpus, "num_gpus": slot.gpus, "scheduling_strategy": strategy}
 
 

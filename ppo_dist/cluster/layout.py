@@ -50,6 +50,20 @@ class Layout:
     judges: tuple[tuple[Slot, ...], ...]
     device: DeviceKind
 
+    @property
+    def parts(self) -> list[list[int]]:
+        """Numbers of the bundles that are reserved together: that of a rollout worker which shares
+        it with nobody by itself, all others as one. Those with the largest bundles come first.
+        """
+        shared = {slot.bundle for slots in (self.learners, *self.judges) for slot in slots}
+        alone = [[slot.bundle] for slot in self.rollouts if slot.bundle not in shared]
+        together = [n for n in range(len(self.bundles)) if [n] not in alone]
+
+        def size(part: list[int]) -> tuple[float, float]:
+            return max((self.bundles[n].get("GPU", 0.0), self.bundles[n]["CPU"]) for n in part)
+
+        return sorted([part for part in (together, *alone) if part], key=size, reverse=True)
+
 
 def layout(
     config: Config, nodes: Sequence[Node], has_learners: bool = True, has_rollouts: bool = True
@@ -103,14 +117,14 @@ def _split(config: Config, device: DeviceKind, has_learners: bool, has_rollouts:
     ranks = len(each)
     each += [(rollout.cpus, rollout.engine.gpus * on_gpu)] * (rollout.workers * has_rollouts)
     slots = tuple(Slot(number, cpus, gpus) for number, (cpus, gpus) in enumerate(each))
-    bundles = tuple(_bundle(cpus, gpus) for cpus, gpus in each)
+    bundles = tuple(bundle_of(cpus, gpus) for cpus, gpus in each)
     return Layout(bundles, slots[:ranks], slots[ranks:], (), device)
 
 
 def _colocated(config: Config, device: DeviceKind, *_: bool) -> Layout:
     learner, rollout = config.learner, config.rollout
     share, on_gpu = rollout.engine.gpus, int(device == "cuda")
-    bundle = _bundle(share * learner.cpus + rollout.cpus, share * on_gpu)
+    bundle = bundle_of(share * learner.cpus + rollout.cpus, share * on_gpu)
     learners = tuple(Slot(r // share, learner.cpus, on_gpu) for r in range(learner.workers))
     rollouts = tuple(Slot(number, rollout.cpus, 0) for number in range(rollout.workers))
     return Layout((bundle,) * rollout.workers, learners, rollouts, (), device)
@@ -120,12 +134,13 @@ def _with_judges(config: Config, made: Layout) -> Layout:
     gpus, bundles, judges = int(made.device == "cuda"), list(made.bundles), []
     for model in reward_models(config):
         begin = len(bundles)
-        bundles += [_bundle(model.cpus, gpus)] * model.workers
+        bundles += [bundle_of(model.cpus, gpus)] * model.workers
         judges.append(tuple(Slot(n, model.cpus, gpus) for n in range(begin, len(bundles))))
     return replace(made, bundles=tuple(bundles), judges=tuple(judges))
 
 
-def _bundle(cpus: float, gpus: int) -> Bundle:
+def bundle_of(cpus: float, gpus: int) -> Bundle:
+    """What Ray is asked for."""
     return {"CPU": cpus, "GPU": float(gpus)} if gpus else {"CPU": cpus}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -43,7 +43,7 @@ class RolloutActor(RolloutWorker):
 @dataclass(frozen=True)
 class Crew:
     """What all rollout workers have in common. `lent` says which GPUs those in a bundle borrow, if
-    they do.
+    they do; `added` are places beyond those that were reserved together.
     """
 
     config: Config
@@ -52,22 +52,38 @@ class Crew:
     make_receiver: MakeReceiver
     lent: Callable[[int], str] | None = None
 
+    added: list[Places] = field(default_factory=list)
+
+    def another(self) -> RemoteWorker:
+        """One more worker, as soon as a node has room for it."""
+        places = self.places.another()
+        self.added.append(places)
+        return RemoteWorker(self, places.slots[0], places)
+
+    def close(self) -> None:
+        """Gives the places of those that were added back."""
+        for places in self.added:
+            places.give_back(places.slots[0])
+
 
 class RemoteWorker:
     """See rollout.members.Worker: one that is a Ray actor."""
 
-    def __init__(self, crew: Crew, slot: Slot) -> None:
-        """The actor is made at once; `start` has it load its model."""
-        self._crew, self._slot, self._config = crew, slot, crew.config
+    def __init__(self, crew: Crew, slot: Slot, places: Places | None = None) -> None:
+        """The actor is made at once; `start` has it load its model. `places` are those that the
+        slot is in, if it is none of the crew's.
+        """
+        self.crew, self._slot, self._config = crew, slot, crew.config
+        self._places = places or crew.places
         self._lent = crew.lent(slot.bundle) if crew.lent else None
         self._actor = self._new()
 
     def _new(self) -> Any:
         actor = ray.remote(concurrency_groups={"weights": 1})(RolloutActor)
-        options = place(self._crew.places, self._slot)
+        options = place(self._places, self._slot)
         if self._lent is not None:  # before the process begins: torch looks once
             options["runtime_env"] = {"env_vars": device.seeing(self._lent)}
-        return actor.options(**options).remote(self._crew.make_receiver, self._crew.make_engine)
+        return actor.options(**options).remote(self.crew.make_receiver, self.crew.make_engine)
 
     def wait(self) -> None:
         """Waits until the actor is there. Raises WorkerError."""
@@ -110,6 +126,12 @@ class RemoteWorker:
     def sleep(self) -> None:
         """See Worker."""
         self._call(self._actor.sleep.remote(), self._config.rollout.deadline_s)
+
+    def end(self) -> None:
+        """See Worker."""
+        with contextlib.suppress(RayActorError):
+            ray.kill(self._actor)
+        self._places.give_back(self._slot)
 
     def _call(self, answer: ray.ObjectRef, deadline_s: float) -> Any:
         try:

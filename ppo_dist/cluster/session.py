@@ -6,11 +6,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import ray
-from ray.exceptions import AuthenticationError, GetTimeoutError
+from ray.exceptions import AuthenticationError
 from ray.util.placement_group import (
     PlacementGroup,
     placement_group,
@@ -18,7 +20,7 @@ from ray.util.placement_group import (
     remove_placement_group,
 )
 
-from ppo_dist.cluster.layout import Layout, Node, Slot, difference
+from ppo_dist.cluster.layout import Layout, Node, Slot, bundle_of, difference
 from ppo_dist.config import Config, InputError
 from ppo_dist.config.workers import Cluster
 from ppo_dist.device import DeviceKind
@@ -26,14 +28,27 @@ from ppo_dist.device import DeviceKind
 
 @dataclass(frozen=True)
 class Places:
-    """Reserved places for workers of one kind.
+    """Reserved places for workers of one kind. `bundles` says, for each bundle that a slot is in,
+    which one of which placement group it is.
 
-    Example: Places(group=PlacementGroup(…), slots=(Slot(0, 1.0, 1),), device="cuda")
+    Example: Places(bundles={2: (PlacementGroup(…), 0)}, slots=(Slot(2, 1.0, 1),), device="cuda")
     """
 
-    group: PlacementGroup
+    bundles: Mapping[int, tuple[PlacementGroup, int]]
     slots: tuple[Slot, ...]
     device: DeviceKind
+
+    def another(self) -> Places:
+        """One more place like the first, in a group of its own. It waits for a node that has room,
+        without end: that is what Ray's autoscaler looks at.
+        """
+        slot = replace(self.slots[0], bundle=0)
+        group = placement_group([bundle_of(slot.cpus, slot.gpus)])
+        return Places({0: (group, 0)}, (slot,), self.device)
+
+    def give_back(self, slot: Slot) -> None:
+        """Frees a place that has a group of its own, and ends who is there."""
+        remove_placement_group(self.bundles[slot.bundle][0])
 
 
 @contextlib.contextmanager
@@ -85,23 +100,41 @@ def reserved(config: Config, wanted: Layout) -> Iterator[tuple[Places, Places, l
     Raises:
         InputError: the cluster does not free them within `cluster.wait_s`.
     """
-    group = placement_group(list(wanted.bundles), strategy="PACK")
+    made: dict[int, tuple[PlacementGroup, int]] = {}
     try:
-        ray.get(group.ready(), timeout=config.cluster.wait_s)
-    except GetTimeoutError:
-        remove_placement_group(group)
-        lacking = difference(wanted.bundles, ray.available_resources())
-        raise InputError(
-            f"the cluster has no room for this run after {config.cluster.wait_s:.0f} s "
-            f"(cluster.wait_s): {lacking or 'what is free is spread over too many nodes'}"
-        ) from None
-    node_of = placement_group_table(group)["bundles_to_node_id"]
-    learners = sorted(wanted.learners, key=lambda slot: node_of[slot.bundle])
-    try:
+        _reserve(config.cluster, wanted, made)
+        node_of = {number: _node(*place) for number, place in made.items()}
+        learners = sorted(wanted.learners, key=lambda slot: node_of[slot.bundle])
         yield (
-            Places(group, tuple(learners), wanted.device),
-            Places(group, wanted.rollouts, wanted.device),
-            [Places(group, slots, wanted.device) for slots in wanted.judges],
+            Places(made, tuple(learners), wanted.device),
+            Places(made, wanted.rollouts, wanted.device),
+            [Places(made, slots, wanted.device) for slots in wanted.judges],
         )
     finally:
-        remove_placement_group(group)
+        for group in {group.id: group for group, _ in made.values()}.values():
+            remove_placement_group(group)
+
+
+def _reserve(cluster: Cluster, wanted: Layout, made: dict[int, tuple[PlacementGroup, int]]) -> None:
+    """What stands in for itself is reserved by itself, so that it can be given back alone; the
+    largest first, while there is room.
+    """
+    deadline = time.monotonic() + cluster.wait_s
+    for part in wanted.parts:
+        before = list(made)
+        group = placement_group([wanted.bundles[n] for n in part], strategy="PACK")
+        made.update({number: (group, index) for index, number in enumerate(part)})
+        if not group.wait(max(deadline - time.monotonic(), 0.1)):
+            found = Counter(ray.available_resources())
+            for number in before:
+                found.update(wanted.bundles[number])
+            lacking = difference(wanted.bundles, found)
+            raise InputError(
+                f"the cluster has no room for this run after {cluster.wait_s:.0f} s "
+                f"(cluster.wait_s): {lacking or 'what is free is spread over too many nodes'}"
+            )
+
+
+def _node(group: PlacementGroup, index: int) -> str:
+    node: str = placement_group_table(group)["bundles_to_node_id"][index]
+    return node

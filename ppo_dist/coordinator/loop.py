@@ -19,6 +19,7 @@ from ppo_dist.coordinator.ahead import Ahead
 from ppo_dist.coordinator.evaluate import Evaluator
 from ppo_dist.coordinator.experience import Experience, supervised, updates
 from ppo_dist.coordinator.judge import judged
+from ppo_dist.coordinator.scale import Scale
 from ppo_dist.coordinator.state import Checkpoints, RunState
 from ppo_dist.coordinator.stream import Stream
 from ppo_dist.coordinator.unlabelled import Unlabelled
@@ -38,7 +39,7 @@ from ppo_dist.tracking.metrics import Busy, Row, Stopwatch, keys, step_row, timi
 from ppo_dist.types import MixPlan, Rollout, Sampling, Scored, TrainSequence
 
 PUBLISH_ATTEMPTS = 3
-Outcome = Literal["done", "interrupted", "stopped", "roll_back"]
+Outcome = Literal["done", "interrupted", "stopped", "roll_back", "rescale"]
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,11 @@ class Loop:
         if self.state == RunState() or self.pending is not None:
             self._begin()
         while self.state.step < self._config.train.steps and not should_stop():
+            scale = Scale.of(self._folder)
+            if scale.rollout_workers is not None:
+                self._parts.pool.resize(scale.rollout_workers)
+            if self._saved_step == self.state.step and scale.changes_learners(self._config):
+                return "rescale"
             self._pass()
             if self.watch.rolls_back:
                 return "roll_back"
@@ -145,7 +151,7 @@ class Loop:
                 version=self.state.version + 1,
                 reinforced=self.state.reinforced + bool(row["rollout/tokens"]),
             )
-        busy = Busy(pool.busy_s() / self._config.rollout.workers, learner_s)
+        busy = Busy(pool.busy_s(), learner_s)
         if self._is_due(self._config.eval.every):
             row |= self._evaluate(watch)
         self._memory.schedule.observe(self.state.step - 1, row)

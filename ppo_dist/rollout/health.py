@@ -33,7 +33,8 @@ class Life:
     `healthy` with some versions, it failed and is `suspect`, or it is `dead`.
 
     `starts` counts its processes before this one, so that late news of an earlier one can be told
-    from news of this. One that `is_out` is dead for good.
+    from news of this. One that `joins` was added while others were at work; one that `is_out` is
+    dead for good.
 
     Example: Life(state="healthy", versions=frozenset({6, 7}), starts=1, is_out=False)
     """
@@ -42,6 +43,12 @@ class Life:
     versions: frozenset[int] = frozenset()
     starts: int = 0
     is_out: bool = False
+    joins: bool = False
+
+    @property
+    def is_late(self) -> bool:
+        """Whether versions may have been sent before its process began."""
+        return self.joins or self.starts > 0
 
     def serves(self, version: int) -> bool:
         """Whether it may generate with a version."""
@@ -52,7 +59,7 @@ class Life:
         """Whether versions can be sent to it: also while its first engine starts, since its end of
         the transport is open by then; a later process is not known to be there yet.
         """
-        begins = self.state == "starting" and self.starts == 0
+        begins = self.state == "starting" and not self.is_late
         return begins or self.state in ("stale", "healthy", "suspect")
 
     @property

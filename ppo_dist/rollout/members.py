@@ -43,10 +43,13 @@ class Worker(Protocol):
     def sleep(self) -> None:
         """Frees its device until the next chunk comes."""
 
+    def end(self) -> None:
+        """Ends it for good, and frees its place; raises nothing."""
+
 
 class Member:
-    """A worker and its life so far; since when it is lost, if it is; and in which order it became
-    idle, 0 while it is not.
+    """A worker and its life so far; since when it is lost, if it is; in which order it became idle,
+    0 while it is not; and whether it is on its way out.
     """
 
     def __init__(self, worker: Worker, number: int, limits: Cluster) -> None:
@@ -54,6 +57,7 @@ class Member:
         self.life = Life()
         self.lost_at: float | None = None
         self.turn = 0
+        self.leaves = False
 
     def still_leads(self, life: Life) -> bool:
         """Whether news of a worker that led `life` are about the one that is there."""
@@ -79,7 +83,7 @@ class Members:
         self.all = [Member(worker, number, limits) for number, worker in enumerate(workers)]
         self.changed = threading.Condition()
         self.last_reason = ""
-        self._note, self._refit = note, refit
+        self._limits, self._note, self._refit = limits, note, refit
         self._turns = itertools.count(1)
         self._closed = threading.Event()
         self._bug: Exception | None = None
@@ -88,6 +92,20 @@ class Members:
         """Starts them all."""
         for member in self.all:
             self._apart(self._start, member)
+
+    def add(self, worker: Worker) -> None:
+        """Starts one more."""
+        with self.changed:
+            member = Member(worker, len(self.all), self._limits)
+            member.life = Life(joins=True)
+            self.all = [*self.all, member]
+        self._tell(member, "added")
+        self._apart(self._start, member)
+
+    def remove(self, member: Member) -> None:
+        """Ends one for good, as soon as it is idle or is not there at all."""
+        member.leaves = True
+        self._apart(self._end, member)
 
     def left(self) -> list[Member]:
         """Those that are not out.
@@ -143,6 +161,17 @@ class Members:
         with self.changed:
             self.changed.notify_all()
 
+    def _end(self, member: Member) -> None:
+        self.wait(lambda: member.turn or not member.life.is_settled or member.life.is_out)
+        with self.changed:
+            life, member.turn = member.life, 0
+            if life.is_out:
+                return  # it was left out already
+            member.life = life.left_out() if life.state == "dead" else life.lost(for_good=True)
+            self.changed.notify_all()
+        member.worker.end()
+        self._tell(member, "removed")
+
     def _restart(self, member: Member) -> None:
         """Puts a new worker in the place of one that is lost, or leaves it out."""
         pause = member.restarts.pause(time.monotonic())
@@ -150,6 +179,8 @@ class Members:
             return
         with self.changed:
             life = member.life
+            if life.is_out:
+                return  # it was removed meanwhile
             member.life = life.left_out() if pause is None else life.restarted()
             self.changed.notify_all()
         if pause is None:

@@ -30,21 +30,39 @@ class Pool:
         prepare: Callable[[], object] = lambda: None,
         takes_turns: bool = False,
         limits: Cluster = Cluster(),  # noqa: B008 (frozen)
+        another: Callable[[], Worker] | None = None,
     ) -> None:
         """Weights of the newest `keep` versions are kept for workers that need them again. `note`
         hears of failures; `prepare` is called in every thread that a worker is driven from. Workers
         that take turns with the learners sleep when nothing is left to generate. Workers that are
-        lost are started anew within `limits`.
+        lost are started anew within `limits`; with `another` their number can change.
         """
         self._weights: dict[int, Weights] = {}
         self._keep, self._takes_turns = keep, takes_turns
-        self._threads = ThreadPoolExecutor(len(workers), "generate", prepare)
-        self._senders = ThreadPoolExecutor(len(workers), "receive")
+        self._prepare, self._another = prepare, another
+        self._threads, self._senders = self._executors(len(workers))
         self._underway: dict[int, list[Future[tuple[list[Rollout], float]]]] = {}
         self._tickets = 0
         self._busy = 0.0
         self._members = Members(workers, limits, note, self._refit)
         self._members.begin()
+
+    def resize(self, workers: int) -> None:
+        """See RolloutPool."""
+        with self._members.changed:
+            stay = [m for m in self._members.all if not (m.life.is_out or m.leaves)]
+        if self._another is None or len(stay) == workers:
+            return
+        for _ in range(workers - len(stay)):
+            self._members.add(self._another())
+        # rather those that serve nothing, and then the latest
+        stay.sort(key=lambda m: (m.life.state == "healthy", -m.number))
+        for member in stay[: max(len(stay) - workers, 0)]:
+            self._members.remove(member)
+        before = self._threads, self._senders
+        self._threads, self._senders = self._executors(workers)
+        for executor in before:
+            executor.shutdown(wait=False)  # they do what they have been asked
 
     def load(self, weights: Weights) -> bool:
         """See RolloutPool."""
@@ -71,7 +89,7 @@ class Pool:
             done = [future.result() for future in self._underway.pop(ticket)]
         except (WorkerError, WeightsError) as error:
             raise RunError(f"rollout workers: {error}") from None
-        self._busy += sum(seconds for _, seconds in done)
+        self._busy += sum(seconds for _, seconds in done) / len(self._members.left())
         if self._takes_turns and not self._underway:
             self.sleep()
         return [rollout for rollouts, _ in done for rollout in rollouts]
@@ -96,6 +114,10 @@ class Pool:
         self._members.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._senders.shutdown(wait=False, cancel_futures=True)
+
+    def _executors(self, workers: int) -> tuple[ThreadPoolExecutor, ThreadPoolExecutor]:
+        generate = ThreadPoolExecutor(workers, "generate", self._prepare)
+        return generate, ThreadPoolExecutor(workers, "receive")
 
     def _run(self, chunk: Chunk) -> tuple[list[Rollout], float]:
         for _ in range(ATTEMPTS):
@@ -127,7 +149,9 @@ class Pool:
         """
         left, weights = self._members.left(), self._weights.get(version)
         can_be_given = weights is not None and weights.again
-        idle = [m for m in left if m.turn and (can_be_given or m.life.serves(version))]
+        idle = [
+            m for m in left if m.turn and not m.leaves and (can_be_given or m.life.serves(version))
+        ]
         if idle:
             member = min(idle, key=lambda m: (not m.life.serves(version), m.turn))
             member.turn = 0
@@ -167,7 +191,7 @@ class Pool:
             member.life = member.life.started()
             newest = self._weights[max(self._weights)] if self._weights else None
             self._members.changed.notify_all()
-        if life.starts > 0 and newest is not None and newest.again:
+        if life.is_late and newest is not None and newest.again:
             self._receives(member, newest)
 
     def _rests(self, member: Member) -> None:

@@ -41,7 +41,7 @@ class Fragile:
         self.crashes = 0
         self.wrong: list[int] = []
         self.starts: list[bool] = []
-        self.naps = 0
+        self.naps = self.ends = 0
         self.breaks = False
         self.gate: threading.Event | None = None
         self.opens = threading.Event()  # before that no engine starts
@@ -88,6 +88,10 @@ class Fragile:
             raise WorkerError("no engine", is_final=True)
         self.naps += 1
 
+    def end(self) -> None:
+        self.ends += 1
+        self.opens.set()
+
     @property
     def replaced(self) -> int:
         return sum(self.starts)
@@ -104,7 +108,11 @@ def pool(
     def note(event: str, **details: Any) -> None:
         events.append({"event": event, **details})
 
-    return Pool(workers, keep, note, limits=limits), workers, events
+    def another() -> Fragile:
+        workers.append(Fragile())
+        return workers[-1]
+
+    return Pool(workers.copy(), keep, note, limits=limits, another=another), workers, events
 
 
 def eventually(is_so: Callable[[], bool]) -> None:
@@ -187,7 +195,7 @@ def test_versions_are_kept_apart_while_older_chunks_wait() -> None:
     gate.set()
     assert {r.version for r in made.collect(second)} == {2}
     assert {r.version for r in made.collect(first)} == {1}
-    assert made.busy_s() == 6.0 and made.busy_s() == 0.0
+    assert made.busy_s() == 3.0 and made.busy_s() == 0.0
     assert all(worker.wrong == [] for worker in workers)
 
 
@@ -331,3 +339,72 @@ def test_late_news_of_a_process_that_is_gone_change_nothing() -> None:
     assert [e["event"] for e in events] == [FAILED, RESTARTED]
     assert workers[0].starts == [False, True] and workers[0].wrong == []
     own.close()
+
+
+def test_more_workers_are_given_the_newest_version_and_share_the_work() -> None:
+    made, workers, events = pool(1)
+    assert made.load(Weights(1, ()))
+    made.resize(3)
+    assert len(workers) == 3
+    eventually(lambda: all(1 in worker.received for worker in workers))
+    gates = threading.Barrier(3, timeout=10)  # passed only by three at once
+    for worker in workers:
+        worker.gate = gates  # type: ignore[assignment]
+    made.collect(made.submit(work(1)[:3]))
+    assert all(worker.served == [1] for worker in workers)
+    assert [e["worker"] for e in events if e["event"] == "rollout_worker_added"] == [1, 2]
+    made.resize(3)
+    assert len(workers) == 3
+
+
+def test_a_worker_leaves_when_it_is_done_and_gets_nothing_more() -> None:
+    made, workers, events = pool(3)
+    assert made.load(Weights(1, ()))
+    gate = threading.Event()
+    for worker in workers:
+        worker.gate = gate
+    ticket = made.submit(work(1))
+    eventually(lambda: all(worker.asked.is_set() for worker in workers))
+    made.resize(1)
+    assert [worker.ends for worker in workers] == [0, 0, 0]
+    gate.set()
+    assert len(made.collect(ticket)) == len(PROMPTS)
+    eventually(lambda: [worker.ends for worker in workers] == [0, 1, 1])
+    assert [len(worker.served) for worker in workers[1:]] == [1, 1]
+    assert made.load(Weights(2, ()))
+    assert {r.version for r in made.collect(made.submit(work(2)))} == {2}
+    assert 2 not in workers[1].received | workers[2].received
+    assert sorted(e["worker"] for e in events if e["event"] == "rollout_worker_removed") == [1, 2]
+    made.resize(2)
+    eventually(lambda: len(workers) == 4 and 2 in workers[3].received)
+
+
+def test_one_that_waits_for_a_place_is_the_first_to_leave() -> None:
+    made, workers, _ = pool(1)
+    made.load(Weights(1, ()))
+    held = threading.Event()
+
+    def another() -> Fragile:
+        workers.append(Fragile())
+        workers[-1].opens = held
+        return workers[-1]
+
+    made._another = another
+    made.resize(2)
+    eventually(lambda: workers[1].starts == [False])
+    made.resize(1)
+    eventually(lambda: workers[1].ends == 1)
+    assert workers[0].ends == 0
+    assert len(made.collect(made.submit(work(1)))) == len(PROMPTS)
+    assert workers[1].served == []
+
+
+def test_one_that_is_lost_does_not_come_back_once_it_shall_leave() -> None:
+    made, workers, _ = pool(2, limits=Cluster(backoff_s=0.2))
+    made.load(Weights(1, ()))
+    workers[0].crashes = workers[1].crashes = 1
+    made.collect(made.submit(work(1)[:2]))  # by then both were lost, and one is back
+    made.resize(1)
+    eventually(lambda: workers[0].ends + workers[1].ends == 1)
+    time.sleep(0.3)
+    assert len(made._members.left()) == 1

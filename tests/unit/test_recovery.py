@@ -13,6 +13,7 @@ import pytest
 
 from ppo_dist import build
 from ppo_dist.config import Config, InputError, RunError, WorkersLost
+from ppo_dist.coordinator.scale import Scale
 from ppo_dist.coordinator.state import Checkpoints, read_state
 from ppo_dist.journey import Encoded
 from ppo_dist.recovery import Recovery, Start
@@ -226,3 +227,43 @@ def test_learners_lost_around_a_roll_back(
         assert told.count("rolled_back") >= 2
         assert ("learners_rebuilt" in told) == (name == "struck")
     assert numbers(tmp_path / "struck") == numbers(tmp_path / "whole")
+
+
+def test_other_learners_from_the_next_checkpoint_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert run(monkeypatch, Cluster(), tmp_path / "plain") == "done"
+    folder, cluster = tmp_path / "scaled", Cluster()
+    real = cluster.workers
+    seen: list[int] = []
+
+    @contextlib.contextmanager
+    def workers(config: Config, model_path: str, resume: Path | None) -> Iterator[Any]:
+        seen.append(config.learner.workers)
+        with real(config, model_path, resume) as parts:
+            if len(seen) == 1:
+                Scale(learners=3).ask(folder)
+            yield parts
+
+    cluster.workers = workers  # type: ignore[method-assign]
+    assert run(monkeypatch, cluster, folder) == "done"
+    assert seen == [1, 3]
+    assert numbers(folder) == numbers(tmp_path / "plain")
+    (told,) = [e for e in read_rows(folder / "events.jsonl") if e["event"] == "rescaled"]
+    assert told["learners"] == {"before": 1, "now": 3}
+
+
+def test_without_room_for_them_it_goes_on_as_it_was(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert run(monkeypatch, Cluster(), tmp_path / "plain") == "done"
+    folder, cluster = tmp_path / "scaled", Cluster()
+    folder.mkdir()
+    Scale(rollout_workers=2, learners=64).ask(folder)
+    cluster.no_room_at = 2
+    assert run(monkeypatch, cluster, folder) == "done"
+    assert cluster.starts == 3
+    assert numbers(folder) == numbers(tmp_path / "plain")
+    (told,) = [e for e in read_rows(folder / "events.jsonl") if e["event"] == "rescale_refused"]
+    assert told["learners"] == 64 and told["reason"] == "the cluster is too small"
+    assert Scale.of(folder) == Scale(rollout_workers=2)
