@@ -10,7 +10,10 @@ from pathlib import Path
 
 import yaml
 
+from ppo_dist.config import Config
 from ppo_dist.config.load import load, merged
+from ppo_dist.tracking.metrics import keys
+from tests.conftest import raw_config
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -61,3 +64,21 @@ def test_every_command_it_shows_has_help_with_an_example() -> None:
         )
         assert result.returncode == 0 and "example: ppo-dist" in result.stdout
         assert result.stdout.count("\n") < 40
+
+
+def test_troubleshooting_names_keys_and_metrics_that_exist(tmp_path: Path) -> None:
+    page = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    words = re.findall(r"`([\w./]+)", page)
+    reference = (ROOT / "docs/config.md").read_text(encoding="utf-8")
+    sections = re.findall(r"^## (\w+)$", reference, flags=re.M)
+    for word in words:
+        if word.split(".")[0] in sections and "." in word:
+            section = reference.split(f"\n## {word.split('.')[0]}\n")[1].split("\n## ")[0]
+            assert f"`{word.split('.', 1)[1]}" in section, word
+    raw = raw_config(tmp_path, rollout={"workers": 2})
+    known = {*keys(Config.model_validate(raw))}
+    groups = {key.split("/")[0] for key in known}
+    metrics = [word for word in words if "/" in word and word.split("/")[0] in groups]
+    assert len(metrics) > 5
+    for metric in metrics:
+        assert metric in known or metric.startswith("reward/"), metric
