@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,7 +40,8 @@ def cluster(config: Config) -> Iterator[None]:
         yield
         return
     address = config.cluster.address or os.environ.get("RAY_ADDRESS", "")
-    if not address or address.startswith(("127.0.0.1:", "localhost:")):
+    is_here = not address or address.startswith(("127.0.0.1:", "localhost:"))
+    if is_here and "ray" not in sys.modules:
         # or Ray, once it is imported, takes the machine's outer address: a Ray of this machine
         # alone would listen there, and a head of launch/ray_head.sh would not
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")

@@ -28,6 +28,7 @@ from ppo_dist.config.workers import VllmEngine
 from ppo_dist.data.chunks import chunks
 from ppo_dist.device import DTYPES, available, prepare
 from ppo_dist.protocols import RolloutEngine
+from ppo_dist.rollout.sampling import seed
 from ppo_dist.types import Chunk, Prompt, Sampling
 
 Run = Callable[[int], list[int]]  # the lengths of all responses of a round
@@ -195,17 +196,20 @@ def _transformers(job: Job) -> Run:
 
 
 def _vllm_alone(job: Job) -> Run:
-    """`LLM.generate` with the settings of our engine's one, all prompts at once."""
+    """`LLM.generate` with the settings of our engine's one, all prompts at once, and its seeds: the
+    responses are the same.
+    """
     from ppo_dist.rollout import vllm
 
     llm = vllm.open_llm(job.model, _vllm_section(job), job.dtype, job.threads, available())
     vocabulary = _vocabulary(job)
     stops = _stops(job, vocabulary)
-    prompts = [{"prompt_token_ids": p.tokens_P.tolist()} for p in _prompts(job, vocabulary)]
 
     def run(number: int) -> list[int]:
-        sampling = Sampling(1.0, job.max_new_tokens, number, "train")
-        asked = [vllm.parameters(sampling, stops, n) for n in range(len(prompts))]
+        chunk = _chunk(job, vocabulary, number)
+        prompts = [{"prompt_token_ids": r.prompt.tokens_P.tolist()} for r in chunk.requests]
+        seeds = [seed(chunk.sampling, chunk.step, r.prompt.uid, 0) for r in chunk.requests]
+        asked = [vllm.parameters(chunk.sampling, stops, own) for own in seeds]
         outputs = llm.generate(prompts, asked, use_tqdm=False)
         return [len(output.outputs[0].token_ids) for output in outputs]
 
