@@ -148,6 +148,11 @@ def _add_beside_training(commands: Commands) -> None:
     ):
         command.add_argument(f"--{name}", type=int, default=default, help=meaning)
 
+    what = "say what stands in the way of a run: on this machine, or on all nodes of a config's"
+    command = _add(commands, "doctor", _doctor, what, "ppo-dist doctor configs/quickstart.yaml")
+    command.add_argument("config", type=Path, nargs="?", metavar="CONFIG", help="the run's config")
+    command.add_argument("overrides", nargs="*", metavar="key.sub=value", help="other values")
+
     what = "turn a checkpoint into a Hugging Face folder"
     example = "ppo-dist export runs/quickstart/checkpoints/step-00000100 out/"
     command = _add(commands, "export", _export, what, example)
@@ -261,6 +266,15 @@ def _bench(arguments: argparse.Namespace) -> int:
     keys = Job.__dataclass_fields__
     job = Job(**{key: value for key, value in vars(arguments).items() if key in keys})
     return bench_rollout(job, arguments.only, Console())
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    config = load(arguments.config, arguments.overrides) if arguments.config else None
+    from rich.console import Console
+
+    from ppo_dist.doctor import doctor
+
+    return doctor(config, Console())
 
 
 def _export(arguments: argparse.Namespace) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import statistics
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -114,6 +116,38 @@ def process_group(kind: DeviceKind, store: Any, rank: int, size: int, timeout_s:
         options._timeout = timeout
         return torch.distributed.ProcessGroupNCCL(store, rank, size, options)
     return torch.distributed.ProcessGroupGloo(store, rank, size, timeout)
+
+
+def described() -> str:
+    """What this process may compute on, in words."""
+    if not torch.cuda.is_available():
+        return f"CPU, {os.cpu_count()} cores"
+    found = [torch.cuda.get_device_properties(n) for n in range(torch.cuda.device_count())]
+    return ", ".join(f"{each.name} ({each.total_memory / 1e9:.0f} GB)" for each in found)
+
+
+def round_trip(
+    kind: DeviceKind, rank: int, size: int, address: str, port: int, nbytes: int, timeout_s: float
+) -> float:
+    """Seconds of one collective sum of that many bytes, the median of several; all ranks call this,
+    and rank 0 is at `address`.
+
+    Raises:
+        RuntimeError: not all of them did in time.
+    """
+    timeout = datetime.timedelta(seconds=timeout_s)
+    store = torch.distributed.TCPStore(address, port, size, rank == 0, timeout)
+    group = process_group(kind, store, rank, size, timeout_s)
+    tensor, taken = torch.ones(nbytes // 4, device=of_collectives(kind)), []
+    for _ in range(5):
+        begin = time.perf_counter()
+        group.allreduce([tensor]).wait()
+        tensor.sum().item()  # it is there
+        taken.append(time.perf_counter() - begin)
+    store.set(f"done {rank}", "")
+    if rank == 0:  # the store ends with this process
+        store.wait([f"done {other}" for other in range(size)], timeout)
+    return statistics.median(taken)
 
 
 def before_vllm(kind: DeviceKind, threads: int, kv_cache_gb: int) -> None:

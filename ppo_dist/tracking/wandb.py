@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import wandb
 
@@ -73,6 +74,14 @@ class Wandb:
     def close(self) -> None:
         """See Tracker."""
         self._run.finish()
+
+
+def server() -> tuple[str, int] | None:
+    """Host and port of the server that runs are sent to; None without a key."""
+    if not has_key():
+        return None
+    parts = urlsplit(wandb.Settings().base_url)
+    return parts.hostname or "", parts.port or (80 if parts.scheme == "http" else 443)
 
 
 def log_study(study: Study, folder: Path, rows: Sequence[Mapping[str, Any]], image: Path) -> None:

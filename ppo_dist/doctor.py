@@ -1,0 +1,238 @@
+"""`ppo-dist doctor`: what stands in the way of a run on this machine, or on a cluster."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import resource
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+
+from ppo_dist import device
+from ppo_dist.config import Config
+
+PACKAGES = ("ppo_dist", "torch", "deepspeed", "transformers", "ray", "wandb")
+CONSTRAINTS = Path(__file__).parent.parent / "docker/constraints.txt"
+DISK_MB, DISK_SLOW_MB_S, DISK_LITTLE_GB = 64, 50, 20
+SHM_LITTLE_GB, OPEN_FILES_FEW, SKEW_S = 2, 65536, 1.0
+ROUND_TRIP_BYTES, ROUND_TRIP_S = 2**20, 60.0
+
+Level = Literal["ok", "warning", "wrong"]
+COLOURS = {"ok": "green", "warning": "yellow", "wrong": "red"}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was found about one thing, and what to do if it is not well.
+
+    Example: Verdict("open files", "warning", "1,024 at most", "ulimit -n 65536 before Ray starts")
+    """
+
+    what: str
+    level: Level
+    found: str
+    fix: str = ""
+
+
+def look(folder: str, token: str) -> dict[str, Any]:
+    """What a machine tells of itself; pure data, since it may be another machine's. `token` is a
+    file in `folder` that whoever asks has just made.
+    """
+    path = Path(folder)
+    sees = (path / token).is_file()
+    return {
+        "host": socket.gethostname(),
+        "time": time.time(),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in PACKAGES},
+        "device": device.described(),
+        "shm_gb": shutil.disk_usage("/dev/shm").total / 1e9 if Path("/dev/shm").is_dir() else None,
+        "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        "sees_folder": sees,
+        "free_gb": shutil.disk_usage(path).free / 1e9 if sees else None,
+        "disk_mb_s": _disk_speed(path) if sees else None,
+    }
+
+
+def doctor(config: Config | None, console: Console) -> int:
+    """Prints a verdict on each thing that a run needs. Returns 1 if something is wrong, else 0.
+
+    Raises:
+        InputError: the cluster cannot be joined.
+    """
+    folder = Path(config.run.dir if config else ".").resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    token = f".doctor-{os.getpid()}"
+    (folder / token).touch()
+    try:
+        verdicts = [*judged(look(str(folder), token)), wandb_verdict(config)]
+        if config is not None and config.cluster.kind == "ray":
+            verdicts += _of_cluster(config, str(folder), token)
+    finally:
+        (folder / token).unlink()
+    table = Table("", "verdict", "found", "what to do")
+    for verdict in verdicts:
+        colour = COLOURS[verdict.level]
+        table.add_row(verdict.what, f"[{colour}]{verdict.level}[/]", verdict.found, verdict.fix)
+    console.print(table)
+    return int(any(verdict.level == "wrong" for verdict in verdicts))
+
+
+def judged(found: dict[str, Any]) -> Iterator[Verdict]:
+    """Verdicts on what one machine tells of itself."""
+    yield _versions(found["versions"], _pinned(), "docker/constraints.txt")
+    yield Verdict("device", "ok", found["device"])
+    shm = found["shm_gb"]
+    yield Verdict(
+        "/dev/shm",
+        "ok" if shm is not None and shm >= SHM_LITTLE_GB else "warning",
+        "none" if shm is None else f"{shm:.1f} GB",
+        "" if shm and shm >= SHM_LITTLE_GB else "docker run --shm-size=8g: Ray's objects are there",
+    )
+    few = found["open_files"] < OPEN_FILES_FEW
+    fix = f"ulimit -n {OPEN_FILES_FEW}, before Ray starts"
+    limit = f"{found['open_files']:,} at most"
+    yield Verdict("open files", "warning" if few else "ok", limit, fix if few else "")
+    yield _disk(found)
+
+
+def _disk(found: dict[str, Any]) -> Verdict:
+    if not found["sees_folder"]:
+        fix = "run.dir must be on storage that all nodes share"
+        return Verdict("run folder", "wrong", "not to be seen here", fix)
+    words = f"{found['free_gb']:.0f} GB free, {found['disk_mb_s']:.0f} MB/s written"
+    if found["free_gb"] < DISK_LITTLE_GB:
+        fix = "a checkpoint has 12 bytes a parameter of each trained model, or more"
+        return Verdict("run folder", "warning", words, fix)
+    if found["disk_mb_s"] < DISK_SLOW_MB_S:
+        return Verdict("run folder", "warning", words, "checkpoints will take long: another disk")
+    return Verdict("run folder", "ok", words)
+
+
+def _versions(found: dict[str, str | None], wanted: dict[str, str], by: str) -> Verdict:
+    other = [
+        f"{name} {found[name]}, not {wanted[name]}"
+        for name in found
+        if name in wanted and (found[name] or "").split("+")[0] != wanted[name].split("+")[0]
+    ]
+    if other:
+        return Verdict("versions", "warning", "; ".join(other), f"install with {by}")
+    return Verdict("versions", "ok", ", ".join(f"{n} {v}" for n, v in found.items() if v))
+
+
+def wandb_verdict(config: Config | None) -> Verdict:
+    """Whether metrics will get to W&B."""
+    mode = config.tracking.wandb if config else "auto"
+    if mode in ("off", "offline"):
+        return Verdict("W&B", "ok", f"{mode}: nothing is sent")
+    from ppo_dist.tracking.wandb import server
+
+    address = server()
+    if address is None:
+        level: Level = "wrong" if mode == "online" else "ok"
+        return Verdict("W&B", level, "no key: offline", "wandb login, or WANDB_API_KEY")
+    host, port = address
+    try:
+        socket.create_connection((host, port), timeout=5).close()
+    except OSError as error:
+        fix = "tracking.wandb: offline, and `wandb sync` later"
+        return Verdict("W&B", "warning", f"{host}:{port}: {error}", fix)
+    return Verdict("W&B", "ok", f"{host}:{port} can be reached")
+
+
+def _of_cluster(config: Config, folder: str, token: str) -> Iterator[Verdict]:
+    from ppo_dist.cluster.layout import layout
+    from ppo_dist.cluster.session import nodes, session
+    from ppo_dist.cluster.survey import ask, hosts
+
+    with session(config.cluster):
+        those = hosts()
+        layout(config, nodes())
+        yield Verdict("places", "ok", f"all workers have room on {len(those)} node(s)")
+        own = {name: found for name in PACKAGES if (found := _version(name))}
+        for answer in ask(look, those, [(folder, token)] * len(those), 60, with_gpu=True):
+            name = f"node {answer.host.address}"
+            if answer.problem is not None:
+                yield Verdict(name, "wrong", answer.problem, "see Ray's logs on it")
+                continue
+            told = answer.value
+            for verdict in (_versions(told["versions"], own, "the same constraints"), _disk(told)):
+                yield Verdict(f"{name}: {verdict.what}", verdict.level, verdict.found, verdict.fix)
+            yield clock(name, told["time"], answer.asked, answer.answered)
+        yield from _round_trips(those, ask)
+
+
+def clock(name: str, there: float, asked: float, answered: float) -> Verdict:
+    """A node's clock against this one's, as far as a question's time lets it be seen."""
+    ahead = max(asked - there, there - answered, 0.0)
+    words = f"off by {ahead:.1f} s at least" if ahead else "agrees"
+    if ahead > SKEW_S:
+        return Verdict(f"{name}: clock", "warning", words, "run an NTP client: logs mislead")
+    return Verdict(f"{name}: clock", "ok", words)
+
+
+def _round_trips(those: Sequence[Any], ask: Callable[..., list[Any]]) -> Iterator[Verdict]:
+    """A collective sum over all nodes: by gloo, and by NCCL where all have GPUs."""
+    kinds: list[device.DeviceKind] = ["cpu"]
+    if all(host.gpus for host in those):
+        kinds.append("cuda")
+    for kind in kinds:
+        what = f"{device.backend(kind)} between {len(those)} node(s)"
+        answers = ask(_free_port, those[:1], [()], ROUND_TRIP_S)
+        if answers[0].problem is None:
+            at = (those[0].address, answers[0].value, ROUND_TRIP_BYTES, ROUND_TRIP_S)
+            arguments = [(kind, rank, len(those), *at) for rank in range(len(those))]
+            answers = ask(device.round_trip, those, arguments, 2 * ROUND_TRIP_S, kind == "cuda")
+        problems = [f"{a.host.address}: {a.problem}" for a in answers if a.problem is not None]
+        if problems:
+            names = "GLOO_SOCKET_IFNAME" if kind == "cpu" else "NCCL_SOCKET_IFNAME, NCCL_DEBUG=INFO"
+            fix = f"open all ports between the nodes; {names}"
+            yield Verdict(what, "wrong", "; ".join(problems), fix)
+        else:
+            seconds = max(answer.value for answer in answers)
+            yield Verdict(what, "ok", f"1 MB summed in {1000 * seconds:.1f} ms")
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("", 0))
+        port: int = found.getsockname()[1]
+    return port
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _pinned() -> dict[str, str]:
+    if not CONSTRAINTS.exists():
+        return {}
+    return dict(re.findall(r"^([\w-]+)==(\S+)$", CONSTRAINTS.read_text(), flags=re.M))
+
+
+def _disk_speed(folder: Path) -> float:
+    """Megabytes a second that get onto the disk."""
+    path, block = folder / f".doctor-speed-{os.getpid()}", os.urandom(2**20)
+    try:
+        begin = time.perf_counter()
+        with path.open("wb") as file:
+            for _ in range(DISK_MB):
+                file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+        return DISK_MB / (time.perf_counter() - begin)
+    finally:
+        path.unlink(missing_ok=True)
