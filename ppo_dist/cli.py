@@ -153,6 +153,14 @@ def _add_beside_training(commands: Commands) -> None:
     command.add_argument("config", type=Path, nargs="?", metavar="CONFIG", help="the run's config")
     command.add_argument("overrides", nargs="*", metavar="key.sub=value", help="other values")
 
+    what = "make the W&B workspace of a config's project: a section for each group of metrics"
+    example = "ppo-dist dashboard mine.yaml --entity my-team"
+    command = _add(commands, "dashboard", _dashboard, what, example)
+    _config_arguments(command)
+    where = command.add_mutually_exclusive_group(required=True)
+    where.add_argument("--entity", metavar="NAME", help="user or team that it is saved to")
+    where.add_argument("--out", type=Path, metavar="FILE", help="write it there as JSON instead")
+
     what = "turn a checkpoint into a Hugging Face folder"
     example = "ppo-dist export runs/quickstart/checkpoints/step-00000100 out/"
     command = _add(commands, "export", _export, what, example)
@@ -266,6 +274,17 @@ def _bench(arguments: argparse.Namespace) -> int:
     keys = Job.__dataclass_fields__
     job = Job(**{key: value for key, value in vars(arguments).items() if key in keys})
     return bench_rollout(job, arguments.only, Console())
+
+
+def _dashboard(arguments: argparse.Namespace) -> int:
+    config = load(arguments.config, arguments.overrides)
+    from ppo_dist.tracking.dashboard import publish, write
+
+    if arguments.out is not None:
+        write(config, arguments.out)
+    else:
+        print(publish(config, arguments.entity))
+    return 0
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
