@@ -170,7 +170,7 @@ class Rig:
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self._folder, self._patch = folder, monkeypatch
-        self.blow = Blow(signal.SIGKILL, folder / "struck")
+        self.blow = Blow(signal.SIGKILL, folder / "was struck")
 
     def config(self, name: str, **sections: Any) -> Config:
         defaults: dict[str, Any] = {
