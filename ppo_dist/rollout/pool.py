@@ -125,8 +125,9 @@ class Pool:
 
     def _run(self, chunk: Chunk) -> tuple[list[Rollout], float]:
         for attempt in range(ATTEMPTS):
-            with self._members.changed:
-                self._waiting[chunk.version] += attempt > 0  # the first one does since it came
+            if attempt > 0:  # the first one waits since it came
+                with self._members.changed:
+                    self._waiting[chunk.version] += 1
             member, life = self._fit(chunk.version)
             try:
                 return member.worker.timed(chunk)
@@ -149,6 +150,8 @@ class Pool:
         finally:
             with self._members.changed:
                 self._waiting[version] -= 1
+                if self._waiting[version] == 0:
+                    del self._waiting[version]  # a run has very many versions
                 self._members.changed.notify_all()
 
     def _take(self, version: int) -> tuple[Member, Life] | None:
@@ -159,7 +162,7 @@ class Pool:
         Raises:
             WorkersLost: none has it any more, and none can get it.
         """
-        if any(count and older < version for older, count in self._waiting.items()):
+        if any(older < version for older in self._waiting):
             return None
         left, weights = self._members.left(), self._weights.get(version)
         can_be_given = weights is not None and weights.again

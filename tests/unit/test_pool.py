@@ -195,6 +195,7 @@ def test_versions_are_kept_apart_while_older_chunks_wait() -> None:
     gate.set()
     assert {r.version for r in made.collect(second)} == {2}
     assert {r.version for r in made.collect(first)} == {1}
+    assert not made._waiting, "what has been done leaves nothing behind"
     assert made.busy_s() == 3.0 and made.busy_s() == 0.0
     assert all(worker.wrong == [] for worker in workers)
 
