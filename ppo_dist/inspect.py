@@ -28,8 +28,11 @@ def rescale(folder: Path, scale: Scale, console: Console) -> None:
     """Asks the run in a folder for other numbers of workers.
 
     Raises:
-        InputError: no run goes on there, or its workers' numbers cannot change.
+        InputError: nothing is asked for, no run goes on there, or its workers' numbers cannot
+            change.
     """
+    if scale == Scale():
+        raise InputError("say how many: --rollout-workers, --learners, or both")
     if not is_taken(folder):
         raise InputError(
             f"{folder}: no run goes on here; --resume takes rollout.workers and learner.workers"

@@ -117,9 +117,11 @@ class Recovery:
     def _rescaled(self, config: Config, step: int) -> Config:
         """A config with as many learners as the run is asked for."""
         folder, learner = Path(config.run.dir), config.learner
-        learners = {"before": learner.workers, "now": Scale.of(folder).learners}
-        record_event(folder, "rescaled", step=step, learners=learners)
-        changed = learner.model_copy(update={"workers": learners["now"] or learner.workers})
+        workers = Scale.of(folder).learners or learner.workers
+        record_event(
+            folder, "rescaled", step=step, learners={"before": learner.workers, "now": workers}
+        )
+        changed = learner.model_copy(update={"workers": workers})
         return config.model_copy(update={"learner": changed})
 
     def _refuse(self, config: Config, reason: str) -> None:
@@ -138,7 +140,7 @@ class Recovery:
         newest, _ = checkpoints.newest_whole()
         if newest is None:
             return start
-        state, saved = read_state(newest)
+        state, saved = read_state(newest, is_whole=True)
         if state.step <= start.state.step:
             return start
         checkpoints.set_aside_after(state.step)

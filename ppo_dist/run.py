@@ -166,7 +166,7 @@ def _starting_point(config: Config, folder: Path, resume: bool | Path, console: 
     if chosen is None:
         console.print("no checkpoint yet: starting at step 0")
         return Start()
-    state, parts = read_state(chosen)
+    state, parts = read_state(chosen, is_whole=not isinstance(resume, Path))
     learners = shards.ranks(chosen / "policy")
     console.print(f"resuming from {chosen}, written by {learners} learner(s)")
     for name in Checkpoints(folder, config.train.keep_checkpoints).set_aside_after(state.step):

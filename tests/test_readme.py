@@ -75,7 +75,7 @@ def test_troubleshooting_names_keys_and_metrics_that_exist(tmp_path: Path) -> No
         if word.split(".")[0] in sections and "." in word:
             section = reference.split(f"\n## {word.split('.')[0]}\n")[1].split("\n## ")[0]
             assert f"`{word.split('.', 1)[1]}" in section, word
-    raw = raw_config(tmp_path, rollout={"workers": 2})
+    raw = raw_config(tmp_path)
     known = {*keys(Config.model_validate(raw))}
     groups = {key.split("/")[0] for key in known}
     metrics = [word for word in words if "/" in word and word.split("/")[0] in groups]

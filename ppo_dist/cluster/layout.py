@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ppo_dist.config import Config, InputError, reward_models
@@ -101,7 +101,7 @@ def device_kind(config: Config, nodes: Sequence[Node]) -> DeviceKind:
     return "cuda" if any(node.gpus > 0 for node in nodes) else "cpu"
 
 
-def difference(bundles: Sequence[Bundle], found: dict[str, float]) -> str:
+def difference(bundles: Sequence[Bundle], found: Mapping[str, float]) -> str:
     """What is asked for beyond what was found, in words; empty if it is enough."""
     parts = []
     for kind in ("CPU", "GPU"):

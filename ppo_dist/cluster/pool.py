@@ -51,7 +51,6 @@ class Crew:
     make_engine: MakeEngine
     make_receiver: MakeReceiver
     lent: Callable[[int], str] | None = None
-
     added: list[Places] = field(default_factory=list)
 
     def another(self) -> RemoteWorker:

@@ -116,8 +116,8 @@ def reserved(config: Config, wanted: Layout) -> Iterator[tuple[Places, Places, l
 
 
 def _reserve(cluster: Cluster, wanted: Layout, made: dict[int, tuple[PlacementGroup, int]]) -> None:
-    """What stands in for itself is reserved by itself, so that it can be given back alone; the
-    largest first, while there is room.
+    """Reserves part by part, so that a part can be given back alone; those with the largest bundles
+    first, while there is room. `made` has what is reserved so far, also after an error.
     """
     deadline = time.monotonic() + cluster.wait_s
     for part in wanted.parts:

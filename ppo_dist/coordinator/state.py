@@ -90,13 +90,14 @@ class Checkpoints:
         return sorted(p for p in self._folder.glob("step-*") if p.is_dir())
 
 
-def read_state(checkpoint: Path) -> tuple[RunState, dict[str, Any]]:
-    """The run's state and the parts' states of a checkpoint.
+def read_state(checkpoint: Path, is_whole: bool = False) -> tuple[RunState, dict[str, Any]]:
+    """The run's state and the parts' states of a checkpoint. All its files are read and compared
+    with their checksums first, unless somebody has just done that: `is_whole`.
 
     Raises:
         InputError: the folder is not a whole checkpoint; names the part.
     """
-    problem = files.damage(checkpoint)
+    problem = None if is_whole else files.damage(checkpoint)
     if problem is not None:
         raise InputError(f"cannot resume from {checkpoint}: {problem}")
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -42,6 +43,7 @@ class Pool:
         self._prepare, self._another = prepare, another
         self._threads, self._senders = self._executors(len(workers))
         self._underway: dict[int, list[Future[tuple[list[Rollout], float]]]] = {}
+        self._waiting: Counter[int] = Counter()  # chunks of a version that no worker has begun
         self._tickets = 0
         self._busy = 0.0
         self._members = Members(workers, limits, note, self._refit)
@@ -80,6 +82,8 @@ class Pool:
     def submit(self, chunks: Sequence[Chunk]) -> int:
         """See RolloutPool."""
         self._tickets += 1
+        with self._members.changed:
+            self._waiting.update(chunk.version for chunk in chunks)
         self._underway[self._tickets] = [self._threads.submit(self._run, c) for c in chunks]
         return self._tickets
 
@@ -120,7 +124,10 @@ class Pool:
         return generate, ThreadPoolExecutor(workers, "receive")
 
     def _run(self, chunk: Chunk) -> tuple[list[Rollout], float]:
-        for _ in range(ATTEMPTS):
+        for attempt in range(ATTEMPTS):
+            if attempt > 0:  # the first one waits since it came
+                with self._members.changed:
+                    self._waiting[chunk.version] += 1
             member, life = self._fit(chunk.version)
             try:
                 return member.worker.timed(chunk)
@@ -133,20 +140,30 @@ class Pool:
 
     def _fit(self, version: int) -> tuple[Member, Life]:
         """Waits for an idle worker that has a version, or can still get it."""
-        for _ in range(ATTEMPTS * len(self._members.all)):
-            member, life = self._members.wait(lambda: self._take(version))
-            if life.serves(version) or self._receives(member, self._weights[version]):
-                return member, life
-            self._members.release(member, life)
-        raise WorkerError(f"none could be given version {version}: {self._members.last_reason}")
+        try:
+            for _ in range(ATTEMPTS * len(self._members.all)):
+                member, life = self._members.wait(lambda: self._take(version))
+                if life.serves(version) or self._receives(member, self._weights[version]):
+                    return member, life
+                self._members.release(member, life)
+            raise WorkerError(f"none could be given version {version}: {self._members.last_reason}")
+        finally:
+            with self._members.changed:
+                self._waiting[version] -= 1
+                if self._waiting[version] == 0:
+                    del self._waiting[version]  # a run has very many versions
+                self._members.changed.notify_all()
 
     def _take(self, version: int) -> tuple[Member, Life] | None:
         """The worker that has been idle for longest, if there is one for this version; better one
-        that has it than one that can get it.
+        that has it than one that can get it. Older versions come first: an engine that has loaded a
+        newer one cannot go back.
 
         Raises:
             WorkersLost: none has it any more, and none can get it.
         """
+        if any(older < version for older in self._waiting):
+            return None
         left, weights = self._members.left(), self._weights.get(version)
         can_be_given = weights is not None and weights.again
         idle = [

@@ -59,6 +59,9 @@ class RolloutWorker:
         begin = time.perf_counter()
         return self.generate(chunk), time.perf_counter() - begin
 
+    def end(self) -> None:
+        """See Worker: there is nothing to free, since it is no process of its own."""
+
     def _load(self, version: int) -> None:
         weights = self._received.pop(version, None)
         if weights is not None:

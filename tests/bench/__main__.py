@@ -44,6 +44,7 @@ class Bench:
     model: Path
     folder: Path
     threads: int
+    dtype: str
     found: dict[str, dict[str, Any]] = field(default_factory=dict)  # by workload and contender
 
     def measure(self, name: str, kind: str, **job: Any) -> Found:
@@ -51,7 +52,8 @@ class Bench:
         folder = self.folder / name
         folder.mkdir(parents=True, exist_ok=True)
         asked, out = folder / f"{kind}.json", folder / f"{kind}-found.json"
-        asked.write_text(json.dumps({"kind": kind, "threads": self.threads, **job}))
+        common = {"kind": kind, "threads": self.threads, "dtype": self.dtype}
+        asked.write_text(json.dumps({**common, **job}))
         threads = str(self.threads)
         environment = {**os.environ, "OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
         command = [sys.executable, "-m", "tests.bench.child", str(asked), str(out)]
@@ -146,7 +148,7 @@ def main() -> None:
     rates = {dtype: gemm(dtype, 1024) for dtype in ("fp32", "bf16")}
     dtype = asked.dtype or max(rates, key=lambda dtype: rates[dtype])
     print(f"{asked.threads} threads, {dtype}", flush=True)
-    bench = Bench(asked.model.resolve(), asked.out.resolve(), asked.threads)
+    bench = Bench(asked.model.resolve(), asked.out.resolve(), asked.threads, dtype)
     seconds = 0.4 * 60 * asked.minutes
     w1, w2 = (replace(w, dtype=dtype).within(seconds, rates[dtype]) for w in (W1, W2))
     w3, w4 = (replace(w, dtype=dtype) for w in (W3, W4))

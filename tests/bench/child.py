@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,25 @@ from tests.bench.work import Found, Work
 
 
 def measured(kind: str, job: dict[str, Any]) -> Found:
-    """What one contender finds."""
+    """What one contender finds; and how fast the machine was before and after, since one that is
+    shared with others is not always as fast.
+    """
     if kind == "scaling":
         from tests.bench import scaling
 
         return scaling.run()
     import torch
 
+    from tests.bench.own import gemm
+
     torch.set_num_threads(job["threads"])
+    before = gemm(job["dtype"])
+    found = alone(kind, job)
+    return replace(found, machine=(before, gemm(job["dtype"])))
+
+
+def alone(kind: str, job: dict[str, Any]) -> Found:
+    """What one contender finds."""
     if kind in ("plain", "trl"):
         peer = importlib.import_module(f"tests.bench.{kind}")
         files = (Path(job[name]) for name in ("model", "reward", "prompts"))

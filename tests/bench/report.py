@@ -42,8 +42,15 @@ def iteration(name: str, found: dict[str, Found]) -> str:
         f"* scoring, annotation and publishing: {beside:.0%} of the step",
         *moved(own),
         *learner(alone),
+        machine(found),
     ]
     return "\n".join(lines)
+
+
+def machine(found: dict[str, Found]) -> str:
+    """Whether the machine was equally fast for all of them."""
+    rates = [f"{name} {told.machine[0]:.0f}, {told.machine[1]:.0f}" for name, told in found.items()]
+    return f"* GFLOP/s of a large matrix product before and after each: {'; '.join(rates)}"
 
 
 def beside_trl(own: Found, trl: Found | None) -> str:

@@ -51,7 +51,7 @@ PARAMETERS, PROMPT_TOKENS = 135e6, 70  # of SmolLM2 and of a sum as a chat, to g
 @dataclass(frozen=True)
 class Found:
     """Medians over the iterations: seconds by stage, tokens written, tokens in training sequences;
-    the largest memory of each process in bytes.
+    the largest memory of each process in bytes; GFLOP/s of a matrix product, before and after.
 
     Example: Found(seconds={"generate": 3.1, "step": 21.0}, tokens=1088, peak={"all": 5 * 10**9})
     """
@@ -60,6 +60,7 @@ class Found:
     tokens: float
     peak: dict[str, int] = field(default_factory=dict)
     more: dict[str, float] = field(default_factory=dict)
+    machine: tuple[float, ...] = ()
 
 
 def sums(size: int, seed: int) -> dict[str, Any]:

@@ -182,10 +182,7 @@ def test_a_full_disk_is_one_clear_error_and_costs_nothing_older(
     assert len(failed) <= 1, "the line is there if there was room for it"
 
 
-NOT_YET = pytest.mark.xfail(reason="exit code 1, but not in one line, where a Ray worker writes")
-
-
-@pytest.mark.parametrize("kind", ["local", pytest.param("ray", marks=NOT_YET)])
+@pytest.mark.parametrize("kind", ["local", "ray"])
 def test_the_command_says_it_in_one_line(disk: Path, kind: str) -> None:
     folder = disk / "run"
     path = disk.parent / "config.yaml"

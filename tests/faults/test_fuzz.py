@@ -53,7 +53,7 @@ violations: list[str] = []
 def _audit(event: str, arguments: tuple[Any, ...]) -> None:
     if not watched:
         return
-    if event in REACHES_OUT and not (event == "os.remove" and _is_allowed(*arguments)):
+    if event in REACHES_OUT and not (event == "os.remove" and _is_removed_inside(*arguments)):
         violations.append(f"{event} {arguments[:1]}")
     if event == "open" and isinstance(arguments[0], (str, bytes)):
         path, mode, flags = arguments
@@ -62,12 +62,18 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
             violations.append(f"open {path!r}")
 
 
-def _is_allowed(path: Any, within: int = -1) -> bool:
-    """`within` is the descriptor of the folder that a relative path starts in, if it has one."""
-    parent = f"/proc/self/fd/{within}" if within >= 0 else ""
-    name = os.path.realpath(os.path.join(parent, os.fsdecode(path)))
+def _is_allowed(path: Any) -> bool:
+    name = os.path.realpath(os.fsdecode(path))
     is_cache = any(part in name for part in ("/.hypothesis", "__pycache__", "/dev/"))
     return is_cache or any(name.startswith(str(folder)) for folder in watched)
+
+
+def _is_removed_inside(path: Any, within: int = -1) -> bool:
+    """A link goes, not what it leads to. `within` is the descriptor of the folder that a relative
+    path starts in, if it has one.
+    """
+    start = f"/proc/self/fd/{within}" if within >= 0 else ""
+    return _is_allowed(os.path.dirname(os.path.join(start, os.fsdecode(path))))
 
 
 sys.addaudithook(_audit)

@@ -72,6 +72,7 @@ def test_colocated_workers_stand_with_their_learners(tmp_path: Path, nodes: int,
     )
 
 
+@pytest.mark.slow
 def test_a_colocated_rollout_worker_sees_the_gpus_of_its_learners(tmp_path: Path) -> None:
     raw = raw_config(
         tmp_path,

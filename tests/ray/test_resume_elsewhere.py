@@ -38,6 +38,7 @@ def made(folder: Path, steps: int, variant: str = "critic", **learner: Any) -> C
             folder,
             learner={"optimizer": OPTIMIZERS["adamw"], **learner},
             train={"steps": steps},
+            eval={"every": 1},
             cluster={"kind": kind},
             rollout=rollout,
             **sections,

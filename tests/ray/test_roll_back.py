@@ -11,6 +11,7 @@ import pytest
 from tests.e2e.test_semi import events, numbers, run, watched
 
 
+@pytest.mark.slow
 def test_rolling_back_on_ray(ray_session: None, tmp_path: Path) -> None:
     told = {}
     for kind in ("local", "ray"):

@@ -57,12 +57,11 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Any], list[
 
 @pytest.mark.parametrize(
     ("stage", "workers", "placement"),
-    [*((stage, 2, "split") for stage in (0, 3)), (3, 2, "colocated")]
+    [(3, 2, "split"), (3, 2, "colocated")]
     + [
         pytest.param(*case, marks=pytest.mark.slow)
         for case in (
-            (1, 2, "split"),
-            (2, 2, "split"),
+            *((s, 2, "split") for s in range(3)),
             (2, 2, "colocated"),
             *((s, 1, "split") for s in range(4)),
         )

@@ -195,6 +195,7 @@ def test_versions_are_kept_apart_while_older_chunks_wait() -> None:
     gate.set()
     assert {r.version for r in made.collect(second)} == {2}
     assert {r.version for r in made.collect(first)} == {1}
+    assert not made._waiting, "what has been done leaves nothing behind"
     assert made.busy_s() == 3.0 and made.busy_s() == 0.0
     assert all(worker.wrong == [] for worker in workers)
 
@@ -408,3 +409,36 @@ def test_one_that_is_lost_does_not_come_back_once_it_shall_leave() -> None:
     eventually(lambda: workers[0].ends + workers[1].ends == 1)
     time.sleep(0.3)
     assert len(made._members.left()) == 1
+
+
+def test_older_versions_come_first_when_workers_come_and_go() -> None:
+    """An engine that has loaded a newer version cannot go back."""
+    made, workers, _ = pool(1)
+    assert made.load(Weights(1, ()))
+    gate = threading.Event()
+    workers[0].gate = gate
+    first = made.submit(work(1))
+    made.resize(2)
+    made.resize(1)
+    assert made.load(Weights(2, ()))
+    second = made.submit(work(2))
+    gate.set()
+    made.collect(first), made.collect(second)
+    for worker in workers:
+        assert worker.served == sorted(worker.served)
+
+
+def test_older_versions_come_first_when_a_worker_is_lost() -> None:
+    made, workers, _ = pool(2, limits=Cluster(restarts=0))
+    assert made.load(Weights(1, ()))
+    workers[1].crashes = 1
+    made.collect(made.submit(work(1)[:2]))
+    assert made.load(Weights(2, ()))
+    gate = threading.Event()
+    workers[0].gate = gate
+    workers[0].served.clear()
+    tickets = [made.submit(work(v)) for v in (1, 2)]
+    gate.set()
+    for ticket in tickets:
+        made.collect(ticket)
+    assert workers[0].served == sorted(workers[0].served)

@@ -65,6 +65,10 @@ def test_numbers_that_cannot_be(
     assert not (folder / SCALE).exists()
 
 
+def test_nothing_is_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--rollout-workers, --learners" in refused(capsys, str(folder_of(tmp_path)))
+
+
 def test_what_is_asked_adds_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = folder_of(tmp_path)
     monkeypatch.setattr("ppo_dist.inspect.is_taken", lambda _: True)
