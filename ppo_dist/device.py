@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed
+from torch._C._distributed_c10d import TCPStore
 from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
 
 DeviceKind = Literal["cpu", "cuda"]
@@ -127,7 +128,13 @@ def described() -> str:
 
 
 def round_trip(
-    kind: DeviceKind, rank: int, size: int, address: str, port: int, nbytes: int, timeout_s: float
+    kind: DeviceKind,
+    rank: int,
+    size: int,
+    address: str,
+    port: int,
+    nbytes: int,
+    timeout_s: float,
 ) -> float:
     """Seconds of one collective sum of that many bytes, the median of several; all ranks call this,
     and rank 0 is at `address`.
@@ -136,7 +143,7 @@ def round_trip(
         RuntimeError: not all of them did in time.
     """
     timeout = datetime.timedelta(seconds=timeout_s)
-    store = torch.distributed.TCPStore(address, port, size, rank == 0, timeout)
+    store = TCPStore(address, port, size, rank == 0, timeout)
     group = process_group(kind, store, rank, size, timeout_s)
     tensor, taken = torch.ones(nbytes // 4, device=of_collectives(kind)), []
     for _ in range(5):

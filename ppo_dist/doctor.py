@@ -9,7 +9,7 @@ import resource
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,6 +26,7 @@ CONSTRAINTS = Path(__file__).parent.parent / "docker/constraints.txt"
 DISK_MB, DISK_SLOW_MB_S, DISK_LITTLE_GB = 64, 50, 20
 SHM_LITTLE_GB, OPEN_FILES_FEW, SKEW_S = 2, 65536, 1.0
 ROUND_TRIP_BYTES, ROUND_TRIP_S = 2**20, 60.0
+HEAD_PORTS = (6379, 8265)  # of launch/ray_head.sh: the cluster's, the job server's
 
 Level = Literal["ok", "warning", "wrong"]
 COLOURS = {"ok": "green", "warning": "yellow", "wrong": "red"}
@@ -75,7 +76,8 @@ def doctor(config: Config | None, console: Console) -> int:
     token = f".doctor-{os.getpid()}"
     (folder / token).touch()
     try:
-        verdicts = [*judged(look(str(folder), token)), wandb_verdict(config)]
+        verdicts = [*judged(look(str(folder), token)), ports_verdict(HEAD_PORTS)]
+        verdicts.append(wandb_verdict(config))
         if config is not None and config.cluster.kind == "ray":
             verdicts += _of_cluster(config, str(folder), token)
     finally:
@@ -121,13 +123,29 @@ def _disk(found: dict[str, Any]) -> Verdict:
 
 def _versions(found: dict[str, str | None], wanted: dict[str, str], by: str) -> Verdict:
     other = [
-        f"{name} {found[name]}, not {wanted[name]}"
-        for name in found
-        if name in wanted and (found[name] or "").split("+")[0] != wanted[name].split("+")[0]
+        f"{name} {has or 'missing'}, not {wanted[name]}"
+        for name, has in found.items()
+        if name in wanted and (has or "").split("+")[0] != wanted[name].split("+")[0]
     ]
     if other:
         return Verdict("versions", "warning", "; ".join(other), f"install with {by}")
     return Verdict("versions", "ok", ", ".join(f"{n} {v}" for n, v in found.items() if v))
+
+
+def ports_verdict(ports: Sequence[int]) -> Verdict:
+    """Whether a Ray head could be started here."""
+    taken = []
+    for port in ports:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("", port))
+            except OSError:
+                taken.append(str(port))
+    if taken:
+        fix = "is a Ray head running? For another: ray_head.sh --port, --dashboard-port"
+        return Verdict("ports", "warning", f"{', '.join(taken)} taken", fix)
+    return Verdict("ports", "ok", f"{', '.join(map(str, ports))} are free for a Ray head")
 
 
 def wandb_verdict(config: Config | None) -> Verdict:
@@ -169,7 +187,7 @@ def _of_cluster(config: Config, folder: str, token: str) -> Iterator[Verdict]:
             for verdict in (_versions(told["versions"], own, "the same constraints"), _disk(told)):
                 yield Verdict(f"{name}: {verdict.what}", verdict.level, verdict.found, verdict.fix)
             yield clock(name, told["time"], answer.asked, answer.answered)
-        yield from _round_trips(those, ask)
+        yield from _round_trips(those)
 
 
 def clock(name: str, there: float, asked: float, answered: float) -> Verdict:
@@ -181,8 +199,10 @@ def clock(name: str, there: float, asked: float, answered: float) -> Verdict:
     return Verdict(f"{name}: clock", "ok", words)
 
 
-def _round_trips(those: Sequence[Any], ask: Callable[..., list[Any]]) -> Iterator[Verdict]:
+def _round_trips(those: Sequence[Any]) -> Iterator[Verdict]:
     """A collective sum over all nodes: by gloo, and by NCCL where all have GPUs."""
+    from ppo_dist.cluster.survey import ask
+
     kinds: list[device.DeviceKind] = ["cpu"]
     if all(host.gpus for host in those):
         kinds.append("cuda")

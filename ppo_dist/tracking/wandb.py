@@ -80,7 +80,10 @@ def server() -> tuple[str, int] | None:
     """Host and port of the server that runs are sent to; None without a key."""
     if not has_key():
         return None
-    parts = urlsplit(wandb.Settings().base_url)
+    settings = wandb.Settings(silent=True)
+    settings.update_from_system_settings()
+    settings.update_from_env_vars(os.environ)
+    parts = urlsplit(settings.base_url)
     return parts.hostname or "", parts.port or (80 if parts.scheme == "http" else 443)
 
 

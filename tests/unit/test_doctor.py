@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from ppo_dist.config import Config
-from ppo_dist.doctor import clock, doctor, judged, look, wandb_verdict
+from ppo_dist.doctor import _pinned, clock, doctor, judged, look, ports_verdict, wandb_verdict
 from tests.conftest import raw_config
 
 
@@ -24,7 +24,7 @@ def test_a_machine_tells_of_itself(tmp_path: Path) -> None:
 
 
 FINE = {
-    "versions": {"torch": "2.13.0+cpu", "ray": None},
+    "versions": {"torch": f"{_pinned()['torch']}+cpu", "ray": _pinned()["ray"]},
     "device": "CPU, 2 cores",
     "shm_gb": 12.0,
     "open_files": 1_000_000,
@@ -39,6 +39,7 @@ FINE = {
     [
         ({}, None, "ok"),
         ({"versions": {"torch": "2.9.0"}}, "versions", "warning"),
+        ({"versions": {"ray": None}}, "versions", "warning"),
         ({"shm_gb": 0.064}, "/dev/shm", "warning"),
         ({"shm_gb": None}, "/dev/shm", "warning"),
         ({"open_files": 1024}, "open files", "warning"),
@@ -59,6 +60,14 @@ def test_each_fault_has_its_fix(change: dict[str, Any], what: str | None, level:
 )
 def test_a_clock_is_judged_within_the_time_of_the_question(there: float, level: str) -> None:
     assert clock("node", there, asked=9.8, answered=10.3).level == level
+
+
+def test_ports() -> None:
+    with socket.create_server(("0.0.0.0", 0)) as server:
+        port = server.getsockname()[1]
+        taken = ports_verdict([port])
+        assert taken.level == "warning" and str(port) in taken.found and taken.fix
+    assert ports_verdict([port]).level == "ok"
 
 
 def of(tmp_path: Path, mode: str) -> Config:
