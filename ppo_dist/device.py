@@ -19,6 +19,7 @@ from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
 DeviceKind = Literal["cpu", "cuda"]
 Multiplier = Callable[[torch.Tensor], torch.Tensor]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_RATES: dict[tuple[str, torch.dtype], float] = {}
 
 
 def available() -> DeviceKind:
@@ -60,6 +61,30 @@ def visible() -> str:
 def seeing(gpus: str) -> dict[str, str]:
     """The environment of a process that sees these GPUs though Ray gave it none."""
     return {"CUDA_VISIBLE_DEVICES": gpus, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+
+
+def matrix_rate(where: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product: the best of a few, measured once in a process."""
+    key = (where.type, dtype)
+    if key not in _RATES:
+        size = 8192 if where.type == "cuda" else 1024
+        a, b = (torch.randn(size, size, device=where, dtype=dtype) for _ in range(2))
+        taken = []
+        for _ in range(4):
+            begin = time.perf_counter()
+            (a @ b)[0, 0].item()  # it is done
+            taken.append(time.perf_counter() - begin)
+        _RATES[key] = 2 * size**3 / min(taken)
+    return _RATES[key]
+
+
+def peak_memory() -> int:
+    """Bytes of a GPU that this process has had at most, since this was last asked; 0 on a CPU."""
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return 0
+    most = torch.cuda.max_memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    return most
 
 
 def free_cache(device: torch.device) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ppo_dist.reports import Coefficients, StepReport
+from ppo_dist.reports import Coefficients, StepReport, Vitals
 from ppo_dist.types import (
     Annotation,
     Chunk,
@@ -188,9 +188,9 @@ class RolloutPool(Protocol):
         RunError if no worker can do it, WorkersLost if only learners of before could.
         """
 
-    def busy_s(self) -> float:
-        """Seconds that a worker, on average, spent on what was collected since this was last
-        asked.
+    def vitals(self) -> Mapping[int, Vitals]:
+        """Of each worker that is left, by number: its seconds on what was collected since this was
+        last asked, and what it last told of itself.
         """
 
     def resize(self, workers: int) -> None:

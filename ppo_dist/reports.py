@@ -86,12 +86,27 @@ class UpdateReport:
 
 
 @dataclass(frozen=True)
-class StepReport:
-    """The updates of one step, as one rank saw them or with sums added over ranks, and the seconds
-    that a rank (on average) was at work since its last report.
+class Vitals:
+    """What a worker's process did since it last told: seconds at work, CPU cores on average; and
+    the memory that it has, of a GPU the most that it had, in GB.
 
-    Example: StepReport(updates=(UpdateReport(…), UpdateReport(…)), busy_s=11.5)
+    Example: Vitals(busy_s=11.5, cores=1.9, memory_gb=4.2, gpu_memory_gb=0.0)
+    """
+
+    busy_s: float
+    cores: float
+    memory_gb: float
+    gpu_memory_gb: float
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """The updates of one step, as one rank saw them or with sums added over ranks; the vitals of
+    each rank; and the share of a large matrix product's rate at which they computed, on average.
+
+    Example: StepReport(updates=(UpdateReport(…), UpdateReport(…)), vitals=(Vitals(…),), mfu=.42)
     """
 
     updates: tuple[UpdateReport, ...]
-    busy_s: float
+    vitals: tuple[Vitals, ...] = ()
+    mfu: float | None = None

@@ -78,6 +78,9 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: folder / name for name in ("gpt2", "llama")}
 
 
+TIMINGS = ("timing_s/", "perf/", "system/")  # what differs between two runs that are equal
+
+
 def raw_config(folder: Path, **sections: Any) -> dict[str, Any]:
     """A small run on words spelled backward, as plain data; sections are merged over it."""
     words = {

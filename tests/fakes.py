@@ -9,7 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from ppo_dist.reports import Coefficients, StepReport, TermSums, TokenCounts, UpdateReport
+from ppo_dist.reports import (
+    Coefficients,
+    StepReport,
+    TermSums,
+    TokenCounts,
+    UpdateReport,
+    Vitals,
+)
 from ppo_dist.types import (
     Annotation,
     Chunk,
@@ -87,8 +94,8 @@ class FakePool:
     def collect(self, ticket: int) -> list[Rollout]:
         return self._done.pop(ticket)
 
-    def busy_s(self) -> float:
-        return 0.0
+    def vitals(self) -> dict[int, Vitals]:
+        return {}
 
     def resize(self, workers: int) -> None:
         self.events.append(f"resize {workers}")
@@ -125,7 +132,7 @@ class FakeLearners:
         reports = [self._report(self.updates + n, each) for n, each in enumerate(updates)]
         self.updates += len(updates)
         self.seen += [list(sequences) for sequences in updates]
-        return StepReport(tuple(reports), 0.0)
+        return StepReport(tuple(reports))
 
     def _report(self, number: int, sequences: Sequence[TrainSequence]) -> UpdateReport:
         counts = TokenCounts(

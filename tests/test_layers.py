@@ -8,7 +8,7 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent / "ppo_dist"
-BASE = {"config", "types", "reports", "protocols", "device", "files"}
+BASE = {"config", "types", "reports", "protocols", "device", "files", "vitals"}
 LEAF = {*BASE, "models"}
 ALLOWED = {
     "config": {"config"},
@@ -17,6 +17,7 @@ ALLOWED = {
     "protocols": {"config", "types", "reports"},
     "device": {"config", "types"},
     "files": {"config"},
+    "vitals": {"device", "reports"},
     "algo": {"algo", "types", "config"},
     "semi": {"semi", "types", "config"},
     "data": {"data", *BASE},

@@ -18,6 +18,7 @@ from ppo_dist.cluster.layout import Slot
 from ppo_dist.cluster.session import Places
 from ppo_dist.config import Config
 from ppo_dist.protocols import RolloutEngine, WeightReceiver, WeightsError
+from ppo_dist.reports import Vitals
 from ppo_dist.rollout.members import WorkerError
 from ppo_dist.rollout.worker import RolloutWorker
 from ppo_dist.types import Chunk, Rollout, Weights
@@ -114,10 +115,10 @@ class RemoteWorker:
         # the actor itself gives up after the deadline; if it does not even say so, it hangs
         self._call(receive.remote(weights, deadline_s), 2 * deadline_s)
 
-    def timed(self, chunk: Chunk) -> tuple[list[Rollout], float]:
+    def timed(self, chunk: Chunk) -> tuple[list[Rollout], Vitals]:
         """See Worker."""
         deadline_s = self._config.rollout.deadline_s
-        answer: tuple[list[Rollout], float] = self._call(
+        answer: tuple[list[Rollout], Vitals] = self._call(
             self._actor.timed.remote(chunk), deadline_s
         )
         return answer

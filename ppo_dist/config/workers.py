@@ -213,6 +213,11 @@ WandbMode = Annotated[Literal["auto", "online", "offline", "off"], BeforeValidat
 class Tracking(Section):
     wandb: WandbMode = Field("auto", description="auto: online with a key, else offline")
     project: str = "ppo_dist"
+    tags: tuple[str, ...] = Field((), description="of the W&B run")
+    notes: str = Field("", description="on the W&B run: what it is for")
+    artifacts: bool = Field(
+        False, description="keep config, policy/ and policy-best/ as W&B artifacts: whole models"
+    )
     samples: int = Field(
         4, ge=0, description="responses a step written to samples.jsonl and the W&B table"
     )

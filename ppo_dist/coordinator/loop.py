@@ -32,10 +32,10 @@ from ppo_dist.protocols import (
     RolloutPool,
     Tracker,
 )
-from ppo_dist.reports import Coefficients
+from ppo_dist.reports import Coefficients, Vitals
 from ppo_dist.semi.guard import Guard
 from ppo_dist.semi.schedule import value_at
-from ppo_dist.tracking.metrics import Busy, Row, Stopwatch, keys, step_row, timings
+from ppo_dist.tracking.metrics import WORKERS, Row, Stopwatch, keys, step_row, timings, took
 from ppo_dist.types import MixPlan, Rollout, Sampling, Scored, TrainSequence
 
 PUBLISH_ATTEMPTS = 3
@@ -142,16 +142,17 @@ class Loop:
     def _pass(self) -> None:
         """One step, and what is due after it."""
         watch, pool = Stopwatch(), self._parts.pool
-        pool.busy_s()  # what an evaluation took is not the step's
+        pool.vitals()  # what an evaluation took is not the step's
         with watch("step"):
-            row, learner_s = self._step(watch)
+            row, learners = self._step(watch)
             self.state = replace(
                 self.state,
                 step=self.state.step + 1,
                 version=self.state.version + 1,
                 reinforced=self.state.reinforced + bool(row["rollout/tokens"]),
             )
-        busy = Busy(pool.busy_s(), learner_s)
+        vitals = {"rollout": pool.vitals(), "learner": dict(enumerate(learners))}
+        row |= took(vitals)
         if self._is_due(self._config.eval.every):
             row |= self._evaluate(watch)
         self._memory.schedule.observe(self.state.step - 1, row)
@@ -161,15 +162,15 @@ class Loop:
         if self.watch.rolls_back:
             if is_best:
                 self.save()  # this is where it goes back to
-            self.pending = row | timings(watch.seconds, row, busy)
+            self.pending = row | timings(watch.seconds, row, vitals)
             return
         if is_best or self._is_due(self._config.train.checkpoint_every):
             with watch("save"):
                 self.save()
-        self._log(self.state.step, row | timings(watch.seconds, row, busy))
+        self._log(self.state.step, row | timings(watch.seconds, row, vitals))
 
-    def _step(self, watch: Stopwatch) -> tuple[Row, float]:
-        """The step's metrics, and the seconds that learners were at work in it."""
+    def _step(self, watch: Stopwatch) -> tuple[Row, tuple[Vitals, ...]]:
+        """The step's metrics, and the learners' vitals."""
         config, memory, parts, step = self._config, self._memory, self._parts, self.state.step
         plan = memory.guard.adjusted(memory.schedule.plan(step), step)
         coefficients = self._coefficients(plan)
@@ -196,7 +197,7 @@ class Loop:
         self.watch.dropped(step + 1, dropped)
         skipped = self.watch.updates(step + 1, work, coefficients, report, self.state.skipped)
         self.state = replace(self.state, skipped=skipped)
-        return row | memory.experience.metrics | memory.unlabelled.metrics, report.busy_s
+        return row | memory.experience.metrics | memory.unlabelled.metrics, report.vitals
 
     def _supervised(self, plan: MixPlan) -> list[TrainSequence]:
         """Labelled examples and pseudo-labels of one update."""
@@ -277,7 +278,9 @@ class Loop:
         return at_end or (every > 0 and self.state.step % every == 0)
 
     def _log(self, step: int, row: Row) -> None:
-        self._parts.tracker.log(step, {key: row.get(key) for key in self._keys})
+        # a run whose workers became more tells of them all
+        more = [key for key in row if key.startswith(WORKERS) and key not in self._keys]
+        self._parts.tracker.log(step, {key: row.get(key) for key in (*self._keys, *more)})
 
     def save(self) -> Path:
         """Writes a checkpoint of everything that later steps depend on."""

@@ -14,6 +14,7 @@ import numpy as np
 from ppo_dist.data.batching import count_tokens, shares
 from ppo_dist.learner.worker import Asked, LearnerWorker, UpdateShard
 from ppo_dist.reports import Coefficients, StepReport, TermSums, UpdateReport
+from ppo_dist.tracking.metrics import mean
 from ppo_dist.types import (
     Annotation,
     LabelledExample,
@@ -84,7 +85,8 @@ class Learners:
             LearnerWorker.update, [(shards, coefficients) for shards in by_rank]
         )
         merged = tuple(map(_merged, zip(*(report.updates for report in reports), strict=True)))
-        return StepReport(merged, sum(report.busy_s for report in reports) / len(reports))
+        vitals = tuple(v for report in reports for v in report.vitals)
+        return StepReport(merged, vitals, mean([r.mfu for r in reports if r.mfu is not None]))
 
     def publish(self, version: int) -> Weights:
         """See LearnerGroup."""

@@ -16,6 +16,7 @@ from ppo_dist import device, files
 from ppo_dist.config import Config
 from ppo_dist.learner import shards
 from ppo_dist.learner.engine import ZeroEngine, barrier, frozen, model_dtype, sharded
+from ppo_dist.learner.flops import Cost
 from ppo_dist.models.critic import load_critic
 from ppo_dist.models.lora import adapters_off, add_adapters, merged
 from ppo_dist.models.policy import PolicyModel, PolicyOutput, load_policy
@@ -44,6 +45,7 @@ class Roles:
         self._policy_model = self._load_policy(model_path, self.shares_trunk)
         if config.model.lora is not None:
             add_adapters(self._policy_model.lm, config.model.lora, config.run.seed)
+        self.policy_cost = Cost.of(self._policy_model.lm)
         self.policy = ZeroEngine(
             self._policy_model,
             config.learner,
@@ -111,6 +113,7 @@ class Roles:
         critic = sharded(self._learner, lambda: load_critic(path, dtype, trust))
         if self._learner.gradient_checkpointing:
             critic.trunk.gradient_checkpointing_enable({"use_reentrant": False})
+        self.critic_cost = Cost.of(critic.trunk)
         return ZeroEngine(critic.train(), self._learner, self._learner.critic_max_grad_norm)
 
     def _load_reference(self, path: str) -> None:

@@ -19,12 +19,14 @@ from ppo_dist import device
 from ppo_dist.config import Config, reuses_logprobs
 from ppo_dist.data.batching import pack, pack_rows
 from ppo_dist.learner.engine import ZeroEngine, join_group
+from ppo_dist.learner.flops import Rate
 from ppo_dist.learner.losses import Tensors, policy_loss, value_loss
 from ppo_dist.learner.roles import Roles
 from ppo_dist.models.policy import PolicyOutput
 from ppo_dist.protocols import NamedTensors, WeightSender
 from ppo_dist.reports import Coefficients, StepReport, TermSums, TokenCounts, UpdateReport
 from ppo_dist.types import Annotation, Floats, Ints, TrainSequence, Weights
+from ppo_dist.vitals import Pulse
 
 MEGABYTE = 2**20
 
@@ -87,7 +89,7 @@ class LearnerWorker:
         self._config, self._seat, self._sender = config, seat, sender
         self._reuses_logprobs = reuses_logprobs(config)
         self._roles = Roles(config, model_path, self._device, seat.rank, resume)
-        self._steps, self._busy_s = 0, 0.0  # since the start, since the last report
+        self._steps, self._pulse, self._rate = 0, Pulse(), Rate(self._device, config.learner.dtype)
 
     def annotate(self, shard: list[list[Asked]], imitation: bool) -> list[list[Annotation]]:
         """Annotations, micro-batch by micro-batch; with `imitation` by the policy alone, at
@@ -103,11 +105,10 @@ class LearnerWorker:
         stays as it is.
         """
         self._roles.is_trained = True
-        with self._at_work("update"):
+        with self._at_work("update"), self._rate.measured():
             reports = tuple(self._update(shard, coefficients) for shard in shards)
         self._steps += 1
-        busy_s, self._busy_s = self._busy_s, 0.0
-        return StepReport(reports, busy_s)
+        return StepReport(reports, (self._pulse.vitals(),), self._rate.mfu)
 
     def publish(self, version: int) -> Weights | None:
         """Sends the policy out from rank 0; the others only lend their shards. Where learners and
@@ -141,7 +142,7 @@ class LearnerWorker:
         with device.traced(file) if is_traced else contextlib.nullcontext():
             yield
         if stage != "imitate":  # that is evaluation, not the step
-            self._busy_s += time.perf_counter() - begin
+            self._pulse.add(time.perf_counter() - begin)
 
     def _annotate(self, asked: list[Asked], imitation: bool) -> list[Annotation]:
         # a rank with nothing to do takes part in the passes of the others
@@ -203,6 +204,8 @@ class LearnerWorker:
         # the policy that acts is softmax(logits / temperature); imitation is of softmax(logits)
         temperature_K = torch.where(batch.ce_weight_K != 0, 1.0, self._config.rollout.temperature)
         out: PolicyOutput = self._roles.policy(*batch.row, batch.targets_K, temperature_K)
+        cost = self._roles.policy_cost
+        self._rate.add(cost.flops(sequences, len(batch.tokens_S), len(batch.targets_K)))
         loss, sums = policy_loss(batch, out, counts, coefficients, self._config.algorithm)
         if self._roles.shares_trunk:
             of_value, more = value_loss(
@@ -221,6 +224,7 @@ class LearnerWorker:
     ) -> TermSums:
         batch = Tensors.of(pack(sequences), self._device)
         values_K = critic(*batch.row)
+        self._rate.add(self._roles.critic_cost.flops(sequences, len(batch.tokens_S), 0))
         loss, sums = value_loss(batch, values_K, counts, coefficients, self._config.algorithm)
         critic.backward(loss)
         return sums

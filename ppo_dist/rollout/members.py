@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeVar
 
 from ppo_dist.config import RunError
 from ppo_dist.config.workers import Cluster
+from ppo_dist.reports import Vitals
 from ppo_dist.rollout.health import Life, Restarts
 from ppo_dist.types import Chunk, Rollout, Weights
 
@@ -37,8 +38,8 @@ class Worker(Protocol):
     def receive(self, weights: Weights) -> None:
         """Keeps a version for the chunks that will ask for it."""
 
-    def timed(self, chunk: Chunk) -> tuple[list[Rollout], float]:
-        """Rollouts of a chunk, and the seconds that they took."""
+    def timed(self, chunk: Chunk) -> tuple[list[Rollout], Vitals]:
+        """Rollouts of a chunk, and what they took."""
 
     def sleep(self) -> None:
         """Frees its device until the next chunk comes."""

@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 
 from ppo_dist.config import RunError, WorkersLost
 from ppo_dist.config.workers import Cluster
 from ppo_dist.protocols import WeightsError
+from ppo_dist.reports import Vitals
 from ppo_dist.rollout.health import Life
 from ppo_dist.rollout.members import Member, Members, Worker, WorkerError
 from ppo_dist.types import Chunk, Rollout, Weights
 
 ATTEMPTS = 3
 ON_DISK = 0  # the version that an engine starts with
+NOTHING = Vitals(0.0, 0.0, 0.0, 0.0)
+Done = tuple[list[Rollout], Vitals, int]  # and the worker that did it
 
 
 class Pool:
@@ -42,10 +46,10 @@ class Pool:
         self._keep, self._takes_turns = keep, takes_turns
         self._prepare, self._another = prepare, another
         self._threads, self._senders = self._executors(len(workers))
-        self._underway: dict[int, list[Future[tuple[list[Rollout], float]]]] = {}
+        self._underway: dict[int, list[Future[Done]]] = {}
         self._waiting: Counter[int] = Counter()  # chunks of a version that no worker has begun
         self._tickets = 0
-        self._busy = 0.0
+        self._vitals: dict[int, Vitals] = {}  # by worker
         self._members = Members(workers, limits, note, self._refit)
         self._members.begin()
 
@@ -93,10 +97,12 @@ class Pool:
             done = [future.result() for future in self._underway.pop(ticket)]
         except (WorkerError, WeightsError) as error:
             raise RunError(f"rollout workers: {error}") from None
-        self._busy += sum(seconds for _, seconds in done) / len(self._members.left())
+        for _, new, number in done:
+            before = self._vitals.get(number, NOTHING)
+            self._vitals[number] = replace(new, busy_s=before.busy_s + new.busy_s)
         if self._takes_turns and not self._underway:
             self.sleep()
-        return [rollout for rollouts, _ in done for rollout in rollouts]
+        return [rollout for rollouts, *_ in done for rollout in rollouts]
 
     def sleep(self) -> None:
         """Has all workers free their devices, also those that are starting; the next chunk wakes
@@ -108,10 +114,12 @@ class Pool:
         list(self._threads.map(self._rests, self._members.all))
         self._members.left()
 
-    def busy_s(self) -> float:
+    def vitals(self) -> dict[int, Vitals]:
         """See RolloutPool."""
-        busy, self._busy = self._busy, 0.0
-        return busy
+        left = [member.number for member in self._members.left()]
+        told = {number: self._vitals.get(number, NOTHING) for number in left}
+        self._vitals = {number: replace(last, busy_s=0.0) for number, last in told.items()}
+        return told
 
     def close(self) -> None:
         """Lets go of what waits."""
@@ -123,14 +131,14 @@ class Pool:
         generate = ThreadPoolExecutor(workers, "generate", self._prepare)
         return generate, ThreadPoolExecutor(workers, "receive")
 
-    def _run(self, chunk: Chunk) -> tuple[list[Rollout], float]:
+    def _run(self, chunk: Chunk) -> Done:
         for attempt in range(ATTEMPTS):
             if attempt > 0:  # the first one waits since it came
                 with self._members.changed:
                     self._waiting[chunk.version] += 1
             member, life = self._fit(chunk.version)
             try:
-                return member.worker.timed(chunk)
+                return *member.worker.timed(chunk), member.number
             except WorkerError as error:
                 problem = error
                 self._members.failed(member, life, chunk.version, error)

@@ -8,8 +8,10 @@ import time
 from collections.abc import Callable
 
 from ppo_dist.protocols import RolloutEngine, WeightReceiver
+from ppo_dist.reports import Vitals
 from ppo_dist.transport.wire import finite
 from ppo_dist.types import Chunk, Rollout, Weights
+from ppo_dist.vitals import Pulse
 
 
 class RolloutWorker:
@@ -25,6 +27,7 @@ class RolloutWorker:
         self._received: dict[int, Weights] = {}
         self._loaded: int | None = 0  # the model as it is on disk
         self._is_asleep = False
+        self._pulse = Pulse()
 
     def start(self, anew: bool = False) -> None:
         """Loads the model, for the first time or anew. Versions can be received before."""
@@ -54,10 +57,12 @@ class RolloutWorker:
             self._engine.sleep()
         self._is_asleep = True
 
-    def timed(self, chunk: Chunk) -> tuple[list[Rollout], float]:
-        """Rollouts of a chunk, and the seconds that they took."""
+    def timed(self, chunk: Chunk) -> tuple[list[Rollout], Vitals]:
+        """Rollouts of a chunk, and what they took."""
         begin = time.perf_counter()
-        return self.generate(chunk), time.perf_counter() - begin
+        rollouts = self.generate(chunk)
+        self._pulse.add(time.perf_counter() - begin)
+        return rollouts, self._pulse.vitals()
 
     def end(self) -> None:
         """See Worker: there is nothing to free, since it is no process of its own."""

@@ -12,7 +12,7 @@ import wandb_workspaces.reports.v2 as panels
 import wandb_workspaces.workspaces as workspaces
 
 from ppo_dist.config import Config, InputError
-from ppo_dist.tracking.metrics import keys
+from ppo_dist.tracking.metrics import VITALS, keys
 from ppo_dist.tracking.wandb import has_key
 
 # in the order in which one looks at them; open are those that say whether it learns
@@ -29,6 +29,7 @@ SECTIONS = {
     "rollout": False,
     "perf": False,
     "timing_s": False,
+    "system": False,
 }
 TOGETHER = {"timing_s", "perf"}  # shares of one whole: curves in one panel
 SAMPLES = "samples"
@@ -83,6 +84,9 @@ def write(config: Config, out: Path) -> None:
 
 
 def _panels(group: str, names: list[str]) -> list[Any]:
+    if group == "system":  # all workers in a panel
+        of = {kind: [name for name in names if name.endswith(f"/{kind}")] for kind in VITALS}
+        return [panels.LinePlot(title=kind, x="step", y=own) for kind, own in of.items()]
     if group in TOGETHER:
         return [panels.LinePlot(title=group, x="step", y=names)]
     return [panels.LinePlot(title=name, x="step", y=[name]) for name in names]

@@ -7,20 +7,22 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import fields
 from functools import reduce
 
 import numpy as np
 
 from ppo_dist.config import ORIGINS, Config, corrects, uses
 from ppo_dist.config.algorithm import KlInLoss
-from ppo_dist.reports import Coefficients, StepReport, TermSums
+from ppo_dist.reports import Coefficients, StepReport, TermSums, Vitals
 from ppo_dist.types import Annotation, MixPlan, Rollout, Scored, TrainSequence
 
 Row = dict[str, float | None]
 EVALUATED = ("accuracy", "reward", "sampled_accuracy", "nll", "dropped")
 STAGES = ("generate", "score", "annotate", "update", "publish", "evaluate", "save", "step")
 IDLE = ("idle_rollout", "idle_learner")
+WORKERS = "system/"
+VITALS = tuple(field.name for field in fields(Vitals))
 
 
 class Stopwatch:
@@ -86,8 +88,11 @@ def keys(config: Config) -> list[str]:
             "dropped",
         )
     ]
-    names += [f"timing_s/{stage}" for stage in (*STAGES, *IDLE)] + ["perf/tokens_per_s"]
+    names += [f"timing_s/{stage}" for stage in (*STAGES, *IDLE)]
+    names += ["perf/tokens_per_s", "perf/learner_mfu"]
     names += [f"perf/{name}_share" for name in IDLE]
+    for role, workers in (("rollout", config.rollout.workers), ("learner", config.learner.workers)):
+        names += [f"{WORKERS}{role}-{n}/{key}" for n in range(workers) for key in VITALS]
     for name, sources in (("held_out", config.data.held_out), ("test", config.data.test)):
         if sources:
             names += [f"eval/{name}/{k}" for k in EVALUATED]
@@ -132,6 +137,7 @@ def step_row(
         **_rollouts([s.rollout for s in scored], version),
         **_agreement(annotated, report),
         **_updates(report, coefficients),
+        "perf/learner_mfu": report.mfu,
         "critic/explained_variance": _explained_variance(sequences),
         "objective/advantage_std": _advantage_std(sequences),
         "semi/mu": plan.mu,
@@ -139,26 +145,27 @@ def step_row(
     }
 
 
-@dataclass(frozen=True)
-class Busy:
-    """Seconds that rollout workers and learners, on average, were at work on a step, by their own
-    clocks.
-
-    Example: Busy(rollout=9.1, learner=11.5)
-    """
-
-    rollout: float
-    learner: float
+def took(vitals: Mapping[str, Mapping[int, Vitals]]) -> Row:
+    """What each worker's process takes, by role and number."""
+    return {
+        f"{WORKERS}{role}-{number}/{key}": value
+        for role, workers in vitals.items()
+        for number, told in workers.items()
+        for key, value in vars(told).items()
+    }
 
 
-def timings(seconds: Mapping[str, float], row: Row, busy: Busy) -> Row:
+def timings(
+    seconds: Mapping[str, float], row: Row, vitals: Mapping[str, Mapping[int, Vitals]]
+) -> Row:
     """Seconds by stage; response and supervised tokens learned from per second of the step; and how
-    long rollout workers and learners had nothing to do in it. A response counts in the step that
-    learns from it, whenever it was written.
+    long rollout workers and learners, on average and by their own clocks, had nothing to do in it.
+    A response counts in the step that learns from it, whenever it was written.
     """
     tokens = (row.get("rollout/tokens") or 0) + (row.get("sup/tokens") or 0)
     step = seconds["step"]
-    idle = {f"idle_{name}": max(step - value, 0.0) for name, value in vars(busy).items()}
+    busy = {role: mean([v.busy_s for v in each.values()]) or 0.0 for role, each in vitals.items()}
+    idle = {f"idle_{role}": max(step - value, 0.0) for role, value in busy.items()}
     return {
         **{f"timing_s/{stage}": value for stage, value in {**seconds, **idle}.items()},
         **{f"perf/{name}_share": _share(value, step) for name, value in idle.items()},

@@ -19,6 +19,7 @@ from ppo_dist.config.workers import WandbMode
 from ppo_dist.files import write_text
 
 ID_FILE = "wandb_id.txt"
+POLICIES = ("policy", "policy-best")  # in a run folder
 # it would keep what is printed before credentials are taken out of it
 SETTINGS = wandb.Settings(silent=True, console="off")
 
@@ -34,9 +35,12 @@ class Wandb:
         run_id = kept.read_text().strip() if resume and kept.exists() else secrets.token_hex(4)
         write_text(kept, run_id)
         _hide_credentials()
+        self._folder, self._keeps = folder, config.tracking.artifacts
         self._run = wandb.init(
             project=config.tracking.project,
             name=folder.name,
+            tags=config.tracking.tags,
+            notes=config.tracking.notes or None,
             id=run_id,
             resume="allow",
             dir=str(folder),
@@ -47,6 +51,8 @@ class Wandb:
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
         self._table = wandb.Table(columns=[], log_mode="INCREMENTAL")
+        if self._keeps:
+            self._keep_config()
 
     def log(self, step: int, metrics: Mapping[str, float | None]) -> None:
         """See Tracker. Keys without a value are left out, as W&B has no null."""
@@ -73,7 +79,26 @@ class Wandb:
 
     def close(self) -> None:
         """See Tracker."""
+        if self._keeps:
+            for name in POLICIES:
+                if (self._folder / name).is_dir():
+                    self._run.log_artifact(self._artifact(name, "model"))
         self._run.finish()
+
+    def _keep_config(self) -> None:
+        """The run's config is what its policies come from. Offline W&B cannot be told of inputs."""
+        artifact = self._artifact("config.yaml", "config")
+        if self._run.offline:
+            self._run.log_artifact(artifact)
+        else:
+            self._run.use_artifact(artifact)
+
+    def _artifact(self, name: str, kind: str) -> wandb.Artifact:
+        path = self._folder / name
+        artifact = wandb.Artifact(f"{self._run.id}-{path.stem}", kind)
+        add = artifact.add_dir if path.is_dir() else artifact.add_file
+        add(str(path))
+        return artifact
 
 
 def server() -> tuple[str, int] | None:

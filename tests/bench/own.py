@@ -23,6 +23,7 @@ from ppo_dist.build.engines import engine
 from ppo_dist.config import Config
 from ppo_dist.data.batching import pack, shares
 from ppo_dist.device import DTYPES
+from ppo_dist.learner.flops import Cost
 from ppo_dist.learner.losses import Tensors
 from ppo_dist.models.critic import load_critic
 from ppo_dist.models.policy import PolicyModel, load_policy
@@ -198,20 +199,14 @@ def gemm(dtype: str, size: int = 2048) -> float:
 
 
 def flops(config: Config, updates: Sequence[Sequence[TrainSequence]]) -> float:
-    """Model FLOPs of updates of the policy, by the usual count (Chowdhery et al. 2022, appendix B):
-    6 a parameter and token of a packed row, 12·layers·width a pair of tokens in attention (half of
-    it, since it is causal), and the head at response positions alone. What is computed again in
-    backward does not count again.
-    """
-    lm = load_policy(str(config.model.path), torch.bfloat16)
-    shape, head = lm.config, lm.get_output_embeddings().weight.numel()
-    trunk = sum(p.numel() for p in lm.base_model.parameters()) - head
-    total = 0.0
-    for batch in packed(updates, config.learner.micro_batch_tokens):
-        total += 6 * (trunk * len(batch.row.tokens_S) + head * len(batch.row.targets_K))
-    for s in (s for sequences in updates for s in sequences):
-        total += 12 * shape.num_hidden_layers * shape.hidden_size * len(s.tokens_T) ** 2 / 2
-    return total
+    """Model FLOPs of updates of the policy; the head is at response positions alone."""
+    cost = Cost.of(load_policy(str(config.model.path), torch.bfloat16))
+    rows = [batch.row for batch in packed(updates, config.learner.micro_batch_tokens)]
+    tokens, targets = (
+        sum(map(len, many))
+        for many in zip(*((row.tokens_S, row.targets_K) for row in rows), strict=True)
+    )
+    return cost.flops([s for sequences in updates for s in sequences], tokens, targets)
 
 
 def packed(updates: Sequence[Sequence[TrainSequence]], budget: int) -> list[MicroBatch]:

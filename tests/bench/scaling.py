@@ -26,8 +26,8 @@ from ppo_dist.journey import Encoded, remembered
 from ppo_dist.learner.group import Learners
 from ppo_dist.learner.worker import LearnerWorker, UpdateShard
 from ppo_dist.protocols import NamedTensors
-from ppo_dist.reports import StepReport, TermSums, UpdateReport
-from ppo_dist.rollout.pool import Pool
+from ppo_dist.reports import StepReport, TermSums, UpdateReport, Vitals
+from ppo_dist.rollout.pool import NOTHING, Pool
 from ppo_dist.transport.store import StoreReceiver
 from ppo_dist.types import Annotation, Chunk, Prompt, Rollout, Score, Weights
 from tests.bench.work import Found
@@ -52,13 +52,13 @@ class Writer:
     def sleep(self) -> None:
         pass
 
-    def timed(self, chunk: Chunk) -> tuple[list[Rollout], float]:
+    def timed(self, chunk: Chunk) -> tuple[list[Rollout], Vitals]:
         made = [
             Rollout(r.prompt, i, self.tokens_R, self.logprobs_R, "", "eos", chunk.version)
             for r in chunk.requests
             for i in r.indices
         ]
-        return made, 0.0
+        return made, NOTHING
 
 
 class Ranks:
@@ -73,7 +73,7 @@ class Ranks:
         if method is LearnerWorker.annotate:
             return [[[self._annotation for _ in b] for b in shard] for shard, _ in args]
         if method is LearnerWorker.update:
-            return [StepReport(tuple(map(self._report, shards)), 0.0) for shards, _ in args]
+            return [StepReport(tuple(map(self._report, shards))) for shards, _ in args]
         (version,) = args[0]
         return [Weights(version, ())] * self.world
 

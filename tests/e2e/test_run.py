@@ -19,9 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ppo_dist.config import Config, InputError
 from ppo_dist.run import train
-from tests.conftest import raw_config
+from tests.conftest import TIMINGS, raw_config
 
-TIMINGS = ("timing_s/", "perf/")
 SUPERVISED = {"kind": "supervised_first", "steps": 2, "then": 0.5}
 
 

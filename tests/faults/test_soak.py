@@ -28,13 +28,12 @@ import pytest
 import yaml
 
 from ppo_dist.tracking.local import read_rows
-from tests.conftest import raw_config
+from tests.conftest import TIMINGS, raw_config
 from tests.faults.test_interrupts import gone, marked
 
 pytestmark = pytest.mark.slow
 STEPS, KILLS = 500, 25
 RESUMES_BEFORE = 0.4  # of the run: later the driver stays, so that its memory can be looked at
-TIMINGS = ("timing_s/", "perf/")
 EVERY_S = 1.0
 ROLES = {
     "ppo_dist": "driver",

@@ -13,13 +13,12 @@ import psutil
 import pytest
 import yaml
 
-from tests.conftest import raw_config
+from tests.conftest import TIMINGS, raw_config
 from tests.launch.rig import ROOT, environment, wait_for
 from tests.launch.slurm import Slurm, missing, slurm
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing()), reason=missing())]
 STEPS = 60
-TIMINGS = ("timing_s/", "perf/")
 
 
 @pytest.fixture(scope="module")

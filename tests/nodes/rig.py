@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from ppo_dist.tracking.local import read_rows
+from tests.conftest import TIMINGS
 from tests.nodes.net import Host
 
 ROOT = Path(__file__).parent.parent.parent
@@ -29,7 +30,6 @@ RAY = {
     "RAY_health_check_timeout_ms": "3000",
     "RAY_prestart_worker_first_driver": "0",  # idle processes cost a small machine its time
 }
-TIMINGS = ("timing_s/", "perf/")
 
 
 def wait_for(what: Callable[[], Any], seconds: float, why: Callable[[], object] = str) -> None:

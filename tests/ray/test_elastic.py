@@ -12,10 +12,9 @@ from ppo_dist.config import Config
 from ppo_dist.coordinator.scale import Scale
 from ppo_dist.run import train
 from ppo_dist.tracking.local import JsonLines, read_rows
-from tests.conftest import raw_config
+from tests.conftest import TIMINGS, raw_config
 from tests.ray.test_same_numbers import assert_same
 
-TIMINGS = ("timing_s/", "perf/")
 STEPS = 8
 
 

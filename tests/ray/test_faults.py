@@ -26,9 +26,8 @@ from ppo_dist.cluster.pool import RemoteWorker
 from ppo_dist.config import Config, RunError
 from ppo_dist.run import train
 from ppo_dist.tracking.local import JsonLines, read_rows
-from tests.conftest import raw_config
+from tests.conftest import TIMINGS, raw_config
 
-TIMINGS = ("timing_s/", "perf/")
 ROLLOUT_BACK_S, LEARNERS_BACK_S = 30, 60
 HANG_S = 15.0  # a deadline that a busy machine meets, and a hanging process does not
 SUPERVISED = {"kind": "supervised_first", "steps": 1, "then": 0.5}

@@ -11,9 +11,8 @@ from rich.console import Console
 
 from ppo_dist.config import Config
 from ppo_dist.run import train
-from tests.conftest import raw_config
+from tests.conftest import TIMINGS, raw_config
 
-TIMINGS = ("timing_s/", "perf/")
 RELATIVE, ABSOLUTE = 1e-4, 1e-6
 
 

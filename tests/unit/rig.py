@@ -22,10 +22,8 @@ from ppo_dist.semi.guard import Guard
 from ppo_dist.semi.pseudo import PseudoBuffer
 from ppo_dist.semi.schedule import Scheduled
 from ppo_dist.types import LabelledExample, Prompt
-from tests.conftest import raw_config
+from tests.conftest import TIMINGS, raw_config
 from tests.fakes import FakeLearners, FakePool, FakeReward, FakeTracker
-
-TIMINGS = ("timing_s/", "perf/")
 
 
 def prompts(origin: Any, count: int) -> list[Prompt]:

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from ppo_dist.coordinator.ahead import Ahead
-from ppo_dist.reports import Coefficients, StepReport
-from ppo_dist.rollout.pool import Pool
+from ppo_dist.reports import Coefficients, StepReport, Vitals
+from ppo_dist.rollout.pool import NOTHING, Pool
 from ppo_dist.types import Chunk, Request, Rollout, Sampling, TrainSequence, Weights
 from tests.fakes import FakeEngine, FakeLearners, FakePool
 from tests.unit.rig import Rig, prompts
@@ -146,12 +146,12 @@ class SleepyWorker:
     def receive(self, weights: Weights) -> None:
         self._received[weights.version] = weights
 
-    def timed(self, chunk: Chunk) -> tuple[list[Rollout], float]:
+    def timed(self, chunk: Chunk) -> tuple[list[Rollout], Vitals]:
         if chunk.version in self._received:
             weights = self._received.pop(chunk.version)
             self._engine.load(weights.version, weights.parts)
         time.sleep(self._seconds)
-        return self._engine.generate(chunk), self._seconds
+        return self._engine.generate(chunk), replace(NOTHING, busy_s=self._seconds)
 
 
 class SleepyLearners(FakeLearners):
@@ -165,7 +165,10 @@ class SleepyLearners(FakeLearners):
         self, updates: Sequence[Sequence[TrainSequence]], coefficients: Coefficients
     ) -> StepReport:
         time.sleep(self._seconds)
-        return replace(super().update(updates, coefficients), busy_s=self._seconds)
+        return replace(
+            super().update(updates, coefficients),
+            vitals=(replace(NOTHING, busy_s=self._seconds),),
+        )
 
 
 def test_a_lag_of_one_nearly_halves_a_step_whose_two_halves_are_equal(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ class PlainRanks:
 
     def call(self, method: Callable[..., Any], args: Sequence[tuple[Any, ...]]) -> list[Any]:
         assert method is LearnerWorker.update
-        return [StepReport(tuple(map(self._update, shards)), 0.0) for shards, _ in args]
+        return [StepReport(tuple(map(self._update, shards))) for shards, _ in args]
 
     def _update(self, shard: UpdateShard) -> UpdateReport:
         sums = TermSums()

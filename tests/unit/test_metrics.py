@@ -12,16 +12,16 @@ import pytest
 from rich.console import Console
 
 from ppo_dist.config import ORIGINS, Config
-from ppo_dist.reports import Coefficients, StepReport, TermSums, TokenCounts, UpdateReport
+from ppo_dist.reports import Coefficients, StepReport, TermSums, TokenCounts, UpdateReport, Vitals
 from ppo_dist.tracking.console import Losable, Several, Terminal, describe
 from ppo_dist.tracking.metrics import (
     STAGES,
-    Busy,
     Stopwatch,
     evaluation_row,
     keys,
     step_row,
     timings,
+    took,
 )
 from ppo_dist.types import Annotation, MixPlan, Prompt, Rollout, Score, Scored, TrainSequence
 
@@ -95,7 +95,8 @@ REPORT = StepReport(
         UpdateReport(TokenCounts(policy=4, value=4, ce=10), SUMS, 1.0, 3.0),
         UpdateReport(TokenCounts(policy=2, value=2, ce=6), SUMS, 2.0, None),
     ),
-    busy_s=1.5,
+    vitals=(Vitals(1.5, 0.9, 2.0, 0.0),),
+    mfu=0.25,
 )
 
 
@@ -147,13 +148,14 @@ def test_the_row_of_a_step() -> None:
             "semi/policy_tokens/verifiable": 4.0,
             "semi/policy_tokens/unlabelled": 0.0,
             "guard/skipped_updates": 0.0,
+            "perf/learner_mfu": 0.25,
         }
     )
 
 
 def supervised_row() -> dict[str, float | None]:
     sums = TermSums(ce_loss=5.0, ce_correct=4.0)
-    report = StepReport((UpdateReport(TokenCounts(0, 0, 10), sums, 1.0, None),), 0.0)
+    report = StepReport((UpdateReport(TokenCounts(0, 0, 10), sums, 1.0, None),))
     return step_row(PLAN, COEFFICIENTS, 4, [], [], [], report)
 
 
@@ -179,7 +181,7 @@ def test_without_rollouts_there_is_none_and_not_nought() -> None:
 
 
 def test_without_labelled_examples_there_is_no_supervised_loss() -> None:
-    report = StepReport((UpdateReport(TokenCounts(6, 6, 0), SUMS, 1.0, 1.0),), 0.0)
+    report = StepReport((UpdateReport(TokenCounts(6, 6, 0), SUMS, 1.0, 1.0),))
     row = step_row(PLAN, COEFFICIENTS, 4, ROLLOUTS, ANNOTATED, [], report)
     assert (row["sup/loss"], row["sup/accuracy"], row["sup/tokens"]) == (None, None, 0.0)
     assert row["semi/labelled_share"] == 0.0
@@ -216,23 +218,36 @@ def test_evaluation() -> None:
     assert evaluation_row("test", greedy, [], None)["eval/test/sampled_accuracy"] is None
 
 
-NOTHING = Busy(0.0, 0.0)
+def at_work(rollout: float, learner: float) -> dict[str, dict[int, Vitals]]:
+    """Two rollout workers, one of which did nothing, and a learner."""
+    first, second, third = (Vitals(s, 0.9, 2.0, 0.0) for s in (2 * rollout, 0.0, learner))
+    return {"rollout": {0: first, 3: second}, "learner": {0: third}}
+
+
+NOTHING = at_work(0.0, 0.0)
 
 
 def test_timings() -> None:
     seconds = {**dict.fromkeys(STAGES, 0.5), "step": 2.0}
-    row = timings(seconds, {"rollout/tokens": 30.0, "sup/tokens": 10.0}, Busy(0.75, 1.5))
+    row = timings(seconds, {"rollout/tokens": 30.0, "sup/tokens": 10.0}, at_work(0.75, 1.5))
     assert row["perf/tokens_per_s"] == 20.0
     assert row["timing_s/update"] == 0.5
     assert (row["timing_s/idle_learner"], row["perf/idle_learner_share"]) == (0.5, 0.25)
     assert (row["timing_s/idle_rollout"], row["perf/idle_rollout_share"]) == (1.25, 0.625)
-    assert timings(seconds, {}, Busy(3.0, 0.0))["timing_s/idle_rollout"] == 0.0, (
+    assert timings(seconds, {}, at_work(3.0, 0.0))["timing_s/idle_rollout"] == 0.0, (
         "begun before the step"
     )
     assert timings(seconds, {"sup/tokens": 10.0}, NOTHING)["perf/tokens_per_s"] == 5.0
     assert timings(seconds, {"rollout/tokens": 0.0}, NOTHING)["perf/tokens_per_s"] is None
     nothing = timings(Stopwatch().seconds, {"sup/tokens": 1.0}, NOTHING)
     assert nothing["perf/tokens_per_s"] is None and nothing["perf/idle_learner_share"] is None
+
+
+def test_each_worker_tells_what_it_takes() -> None:
+    row = took(at_work(0.75, 1.5))
+    assert row["system/rollout-0/busy_s"] == 1.5 and row["system/rollout-3/busy_s"] == 0.0
+    assert row["system/learner-0/cores"] == 0.9 and row["system/learner-0/memory_gb"] == 2.0
+    assert len(row) == 12
 
 
 def test_the_stopwatch_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,6 +284,7 @@ def config(*origins: str, held_out: bool = False, semi: Any = None, **algorithm:
 def test_keys_name_everything_that_a_run_tells() -> None:
     told = step_row(PLAN, COEFFICIENTS, 4, ROLLOUTS, ANNOTATED, [], REPORT)
     told |= timings(Stopwatch().seconds, told, NOTHING) | evaluation_row("held_out", [], [], None)
+    told |= took({role: {0: Vitals(0.0, 0.0, 0.0, 0.0)} for role in ("rollout", "learner")})
     told["objective/kl_coef"] = 0.1  # the loop knows it, and what the guard says
     told |= {"guard/gap": None, "guard/action": 0.0}
     told |= {"rollout/dropped": 0.0, "reward/dropped": None}
@@ -301,7 +317,7 @@ def test_a_skipped_update_is_counted_and_adds_nothing() -> None:
     skipped = UpdateReport(
         TokenCounts(5, 5, 5), TermSums(policy_loss=math.nan), math.inf, critic_grad_norm=1.0
     )
-    report = StepReport((*REPORT.updates, skipped), 0.0)
+    report = replace(REPORT, updates=(*REPORT.updates, skipped))
     row = step_row(PLAN, COEFFICIENTS, 4, ROLLOUTS, ANNOTATED, [], report)
     plain = step_row(PLAN, COEFFICIENTS, 4, ROLLOUTS, ANNOTATED, [], REPORT)
     assert row == plain | {"guard/skipped_updates": 1.0}

@@ -15,6 +15,7 @@ import pytest
 from ppo_dist.config import RunError, WorkersLost
 from ppo_dist.config.workers import Cluster
 from ppo_dist.data.chunks import chunks
+from ppo_dist.reports import Vitals
 from ppo_dist.rollout.members import WorkerError
 from ppo_dist.rollout.pool import Pool
 from ppo_dist.types import Chunk, Prompt, Rollout, Sampling, Weights
@@ -64,7 +65,7 @@ class Fragile:
             raise WorkerError("no answer", is_lost=True)
         self.received.add(weights.version)
 
-    def timed(self, chunk: Chunk) -> tuple[list[Rollout], float]:
+    def timed(self, chunk: Chunk) -> tuple[list[Rollout], Vitals]:
         self.asked.set()
         if self.gate is not None:
             self.gate.wait(10)
@@ -78,7 +79,7 @@ class Fragile:
         self.served.append(chunk.version)
         engine = FakeEngine()
         engine.version = chunk.version
-        return engine.generate(chunk), 0.5
+        return engine.generate(chunk), Vitals(0.5, 1.0, 2.0, 0.0)
 
     def sleep(self) -> None:
         if self.crashes:
@@ -196,7 +197,10 @@ def test_versions_are_kept_apart_while_older_chunks_wait() -> None:
     assert {r.version for r in made.collect(second)} == {2}
     assert {r.version for r in made.collect(first)} == {1}
     assert not made._waiting, "what has been done leaves nothing behind"
-    assert made.busy_s() == 3.0 and made.busy_s() == 0.0
+    told = made.vitals()
+    assert sum(each.busy_s for each in told.values()) == 6.0 and told.keys() == {0, 1}
+    again = made.vitals()
+    assert [(v.busy_s, v.memory_gb) for v in again.values()] == [(0.0, 2.0)] * 2, "seconds once"
     assert all(worker.wrong == [] for worker in workers)
 
 

@@ -1,0 +1,71 @@
+"""How much there is to compute, whatever it is computed with."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ppo_dist import device
+from ppo_dist.types import TrainSequence
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a dense model's forward and backward pass takes, by the usual count (Chowdhery et al.
+    2022, appendix B): 6 FLOPs a parameter and token, 12·layers·width a pair of tokens in attention
+    (half of it, since it is causal), and the output head where there are targets. What is computed
+    again in backward does not count again.
+
+    Example: Cost(trunk=106_000_000, head=28_000_000, width=17_280)
+    """
+
+    trunk: int
+    head: int
+    width: int
+
+    @classmethod
+    def of(cls, lm: PreTrainedModel) -> Cost:
+        """Of a causal model, or of a trunk alone."""
+        config, inputs, outputs = lm.config, lm.get_input_embeddings(), lm.get_output_embeddings()
+        trunk = _size(lm.base_model) - _size(inputs)
+        width = config.num_hidden_layers * config.hidden_size
+        return cls(trunk, _size(outputs) if outputs is not None else 0, width)
+
+    def flops(self, sequences: Sequence[TrainSequence], tokens: int, targets: int) -> float:
+        """Of sequences that were packed into that many tokens with that many targets."""
+        pairs = sum(len(s.tokens_T) ** 2 for s in sequences) / 2
+        return 6.0 * (self.trunk * tokens + self.head * targets) + 12.0 * self.width * pairs
+
+
+class Rate:
+    """Model FLOPs a second of the last block that was measured, as a share of what a large matrix
+    product reaches here.
+    """
+
+    def __init__(self, where: torch.device, dtype: str) -> None:
+        self._limit = device.matrix_rate(where, device.DTYPES[dtype])
+        self._flops = 0.0
+        self.mfu: float | None = None
+
+    def add(self, flops: float) -> None:
+        """So much more is computed in the block."""
+        self._flops += flops
+
+    @contextlib.contextmanager
+    def measured(self) -> Iterator[None]:
+        """A block that ends when what it computes is done."""
+        begin, self._flops = time.perf_counter(), 0.0
+        yield
+        per_second = self._flops / max(time.perf_counter() - begin, 1e-9)
+        self.mfu = per_second / self._limit if self._flops else None
+
+
+def _size(module: nn.Module) -> int:
+    """Parameters, also those of which ZeRO-3 has only a part here."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
