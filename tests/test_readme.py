@@ -12,6 +12,7 @@ import yaml
 
 from ppo_dist.config import Config
 from ppo_dist.config.load import load, merged
+from ppo_dist.tracking.local import read_rows
 from ppo_dist.tracking.metrics import keys
 from tests.conftest import raw_config
 
@@ -40,7 +41,8 @@ def test_the_tree_names_every_module_and_no_other() -> None:
 
 def test_its_config_loads(tmp_path: Path) -> None:
     """The second one shows sections to put into the first."""
-    whole, unlabelled = map(yaml.safe_load, re.findall(r"```yaml\n(.*?)```", README, flags=re.S))
+    blocks = re.findall(r"```yaml\n(.*?)```", README, flags=re.S)
+    whole, unlabelled = (yaml.safe_load(b) for b in blocks if not b.startswith("# own.yaml"))
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump(whole))
     config = load(path)
@@ -48,6 +50,26 @@ def test_its_config_loads(tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump(merged(whole, unlabelled)))
     config = load(path)
     assert config.semi.gate.share == 0.6 and config.semi.guard.drop.action == "roll_back"
+
+
+def test_own_data_reward_and_schedule(tmp_path: Path) -> None:
+    blocks = re.findall(r"```\w+\n(# (\w+\.\w+): .*?)```", README, flags=re.S)
+    for text, name in blocks:
+        assert text.count("\n") <= 13, "ten lines or so"
+        (tmp_path / name).write_text(text)
+    assert sorted(name for _, name in blocks) == ["own.yaml", "reward.py", "rows.py"]
+    subprocess.run([sys.executable, "rows.py"], cwd=tmp_path, check=True)
+    command = [sys.executable, "-m", "ppo_dist", "train", "own.yaml", "cluster.kind=local"]
+    result = subprocess.run(
+        [*command, "tracking.wandb=off"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    rows = read_rows(tmp_path / "runs/own/metrics.jsonl")
+    assert [row["semi/mu"] for row in rows[1:]] == [1.0] * 4 + [0.5] * 4 + [0.1] * 4
+    assert 0 < rows[-1]["reward/verifiable/mean"] < 1, "the function's values, not only 0 and 1"
+    assert (
+        rows[-1]["sup/tokens"] > 0 and rows[-1]["eval/held_out/nll"] < rows[0]["eval/held_out/nll"]
+    )
 
 
 def test_files_it_names_exist() -> None:
