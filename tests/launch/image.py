@@ -15,9 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
-BASE = ("ca-certificates", "python3.11", "python3.11-venv")  # of the image python:3.11-bookworm
+PYTHON = ("python3.11", "python3.11-venv")  # as in the image python:3.11-bookworm
 # how this machine reaches its package indexes
-NETWORK = ("/etc/resolv.conf", "/etc/hosts", "/etc/apt", "/etc/pip.conf", "/etc/xdg", "/etc/ssl")
+NETWORK = ("/etc/resolv.conf", "/etc/hosts", "/etc/apt", "/etc/pip.conf", "/etc/xdg")
+AUTHORITIES = "/etc/ssl/certs/ca-certificates.crt"
 
 
 def missing() -> str:
@@ -135,13 +136,15 @@ def build(dockerfile: Path, source: Path, folder: Path, args: dict[str, str]) ->
     """Does all of it; returns the last stage."""
     files = context(source, dockerfile.with_name(f"{dockerfile.name}.dockerignore"))
     base = folder / "base"
-    debian = ["debootstrap", "--variant=minbase", f"--include={','.join(BASE)}", "bookworm"]
+    debian = ["debootstrap", "--variant=minbase", "--include=ca-certificates", "bookworm"]
     subprocess.run([*debian, base], check=True, stdout=subprocess.DEVNULL)
-    for path in map(Path, NETWORK):
-        if path.is_dir():
-            shutil.copytree(path, base / path.relative_to("/"), symlinks=True, dirs_exist_ok=True)
-        elif path.exists():
-            shutil.copy2(path, base / path.relative_to("/"))
+    for path in map(Path, (*NETWORK, AUTHORITIES)):
+        if path.exists():
+            into = base / path.relative_to("/")
+            subprocess.run(["cp", "--archive", "--no-target-directory", path, into], check=True)
+    first = Stage(base, {})
+    first.run("apt-get", "update")
+    first.run("apt-get", "install", "--yes", "--no-install-recommends", *PYTHON)
     stages: dict[str, Stage] = {}
     for word, rest in instructions(dockerfile):
         if word == "FROM":
