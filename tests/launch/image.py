@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
-PYTHON = ("python3.11", "python3.11-venv")  # as in the image python:3.11-bookworm
+PYTHON = ("python3.11-dev", "python3.11-venv")  # as in the image python:3.11-bookworm
 # how this machine reaches its package indexes
 NETWORK = ("/etc/resolv.conf", "/etc/hosts", "/etc/apt", "/etc/pip.conf", "/etc/xdg")
 AUTHORITIES = "/etc/ssl/certs/ca-certificates.crt"
@@ -148,9 +148,10 @@ def build(dockerfile: Path, source: Path, folder: Path, args: dict[str, str]) ->
     stages: dict[str, Stage] = {}
     for word, rest in instructions(dockerfile):
         if word == "FROM":
-            name = rest.split(" AS ")[-1]
+            origin, _, name = rest.partition(" AS ")
             root = folder / f"stage-{len(stages)}"
-            subprocess.run(["cp", "--archive", base, root], check=True)
+            below = stages[origin].root if origin in stages else base
+            subprocess.run(["cp", "--archive", below, root], check=True)
             stages[name] = stage = Stage(root, dict(args))
         else:
             stage.do(word, rest, files, source, stages)
