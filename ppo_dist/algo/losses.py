@@ -36,15 +36,22 @@ class ValueTerm(NamedTuple):
 
 
 def correction(
-    old_logprobs: torch.Tensor, behaviour_logprobs: torch.Tensor, cap: float | None
+    old_logprobs_R: torch.Tensor,
+    behaviour_logprobs_R: torch.Tensor,
+    cap: float | None,
+    over: Literal["token", "prefix"],
 ) -> torch.Tensor:
-    """min(π_old / π_behaviour, cap) of each token: the weight of its policy term.
+    """min(π_old / π_behaviour, cap) of each token, or of it and all before it in the response: the
+    weight of its policy term.
 
     Source: Hilton et al. 2021, arXiv:2110.00641, eq. 3; cut as in Espeholt et al. 2018,
-    arXiv:1802.01561, section 4.1.
+    arXiv:1802.01561, section 4.1; over the prefix: Precup et al. 2000, per-decision importance
+    sampling.
     """
-    log_ratio = (old_logprobs - behaviour_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    return log_ratio.exp().clamp(0.0, cap)
+    log_ratio_R = old_logprobs_R - behaviour_logprobs_R
+    if over == "prefix":
+        log_ratio_R = log_ratio_R.cumsum(0)
+    return log_ratio_R.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp().clamp(0.0, cap)
 
 
 def policy_term(

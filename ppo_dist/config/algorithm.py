@@ -185,6 +185,11 @@ class Correction(Section):
         ge=1,
         description="largest weight (truncated importance sampling; 1 as in IMPALA); null: not cut",
     )
+    over: Literal["token", "prefix"] = Field(
+        "token",
+        description="the ratio of the token alone, or times those of all before it in its response "
+        "(per-decision importance sampling): for short ones, as it drifts with length",
+    )
 
 
 class Algorithm(Section):

@@ -101,11 +101,12 @@ class Experience:
         """The weight of each token's policy term; all 1 without correction."""
         if not self._corrects:
             return [np.ones_like(a.logprobs_R) for a in annotations]
-        cap = self._algorithm.correction.cap
-        weights = [
-            correction(torch.from_numpy(a.logprobs_R), torch.from_numpy(s.rollout.logprobs_R), cap)
+        cap, over = self._algorithm.correction.cap, self._algorithm.correction.over
+        rows = [
+            (torch.tensor(a.logprobs_R), torch.tensor(s.rollout.logprobs_R))
             for s, a in zip(scored, annotations, strict=True)
         ]
+        weights = [correction(*row, cap, over) for row in rows]
         every = torch.cat(weights)
         self.metrics["policy/correction_mean"] = float(every.mean())
         self.metrics["policy/correction_cut_rate"] = float(every.eq(cap or math.inf).float().mean())

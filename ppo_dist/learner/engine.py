@@ -140,6 +140,9 @@ class ZeroEngine:
         )
         _limit_waits(learner.deadline_s)
         self._world = torch.distributed.get_world_size()
+        if self._stage == 0 and self._world == 1:
+            # else all gradients are copied into one buffer, summed over nobody, and copied back
+            self._engine.enable_backward_allreduce = False
         self._asleep: list[tuple[torch.Tensor, torch.device]] = []  # and where they belong
 
     def __call__(self, *args: Any) -> Any:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from ppo_dist.coordinator.ahead import Ahead
@@ -100,16 +101,23 @@ def test_unlabelled_rollouts_under_way_are_dropped_by_a_freeze() -> None:
 
 
 @pytest.mark.parametrize(
-    ("lag", "kind", "cap"),
-    [(0, "auto", 2.0), (1, "auto", 1.2), (1, "off", 2.0), (0, "importance", None)],
+    ("lag", "kind", "cap", "over"),
+    [
+        (0, "auto", 2.0, "token"),
+        (1, "auto", 1.2, "token"),
+        (1, "off", 2.0, "token"),
+        (0, "importance", None, "token"),
+        (1, "auto", 1.5, "prefix"),
+        (1, "auto", None, "prefix"),
+    ],
 )
 def test_what_an_older_version_wrote_weighs_by_its_ratio(
-    tmp_path: Path, lag: int, kind: str, cap: float | None
+    tmp_path: Path, lag: int, kind: str, cap: float | None, over: str
 ) -> None:
     """The fakes' responses have probability e^−.5 a token when written; the learners' rises by
     e^.1 an update, of which a step has two.
     """
-    correction = {"kind": kind, "cap": cap}
+    correction = {"kind": kind, "cap": cap, "over": over}
     sections: dict[str, Any] = {
         "stream": {"max_lag": lag},
         "algorithm": {"correction": correction},
@@ -120,17 +128,23 @@ def test_what_an_older_version_wrote_weighs_by_its_ratio(
     corrected = kind == "importance" or (kind == "auto" and lag > 0)
     for step in range(5):
         ratio = math.exp(0.2 * step)
-        weight = min(ratio, cap or math.inf) if corrected else 1.0
+        told = []
         for sequence in rig.learners.seen[2 * step] + rig.learners.seen[2 * step + 1]:
             if sequence.policy_weight_R.any():
-                assert sequence.policy_weight_R == pytest.approx(weight, rel=1e-5)
+                powers = np.arange(len(sequence.policy_weight_R)) if over == "prefix" else 0
+                ratios = ratio ** (powers + np.ones_like(sequence.policy_weight_R))
+                weights = np.minimum(ratios, cap or math.inf) if corrected else 1.0
+                assert sequence.policy_weight_R == pytest.approx(weights, rel=1e-5)
                 assert sequence.value_weight_R == pytest.approx(1.0)
+                told += [*zip(sequence.policy_weight_R, ratios, strict=True)]
         row = rig.tracker.rows[step + 1]
         assert row.get("policy/correction_mean") == (
-            pytest.approx(weight, rel=1e-5) if corrected else None
+            pytest.approx(np.mean([weight for weight, _ in told]), rel=1e-5) if corrected else None
         )
         if corrected and cap is not None:
-            assert row["policy/correction_cut_rate"] == float(ratio > cap)
+            assert row["policy/correction_cut_rate"] == pytest.approx(
+                np.mean([ratio > cap for _, ratio in told])
+            )
 
 
 class SleepyWorker:
