@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ppo_dist import device
-from ppo_dist.config import Config
+from ppo_dist.config import Config, InputError
 
 PACKAGES = ("ppo_dist", "torch", "deepspeed", "transformers", "ray", "wandb")
 CONSTRAINTS = Path(__file__).parent.parent / "docker/constraints.txt"
@@ -175,8 +175,11 @@ def _of_cluster(config: Config, folder: str, token: str) -> Iterator[Verdict]:
 
     with session(config.cluster):
         those = hosts()
-        layout(config, nodes())
-        yield Verdict("places", "ok", f"all workers have room on {len(those)} node(s)")
+        try:
+            layout(config, nodes())
+            yield Verdict("places", "ok", f"all workers have room on {len(those)} node(s)")
+        except InputError as error:
+            yield Verdict("places", "wrong", str(error), "more nodes, or fewer workers")
         own = {name: found for name in PACKAGES if (found := _version(name))}
         for answer in ask(look, those, [(folder, token)] * len(those), 60, with_gpu=True):
             name = f"node {answer.host.address}"

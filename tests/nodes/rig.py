@@ -130,6 +130,18 @@ class Cluster:
         env = {**self._env, "RAY_ADDRESS": self._address}
         return training(raw, env, self.hosts[self._head].command)
 
+    def doctor(self, raw: dict[str, Any]) -> tuple[int, str]:
+        """What `ppo-dist doctor` says on the head of a run's config: its exit code and its table, a
+        line for each verdict.
+        """
+        config = self._folder / "doctor.yaml"
+        config.write_text(yaml.safe_dump(raw))
+        env = {**self._env, "RAY_ADDRESS": self._address, "COLUMNS": "400"}
+        arguments = [sys.executable, "-m", "ppo_dist", "doctor", str(config)]
+        command = self.hosts[self._head].command(*arguments)
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        return done.returncode, done.stdout + done.stderr
+
     def actors(self) -> dict[str, Counter[str]]:
         """How many of each class run on each host."""
         return {name: host.actors() for name, host in self.hosts.items()}

@@ -4,6 +4,7 @@ numbers are those of a run on one machine.
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 import time
@@ -130,3 +131,18 @@ def test_a_node_is_lost(
         assert cluster.actors()[SPARE] == {"RolloutActor": 1}
         run.end(END_S)
         assert run.numbers() == expected
+
+
+def test_the_doctor_asks_every_node(cluster: Cluster, tmp_path: Path) -> None:
+    """Also one whose cable is cut, which is named."""
+    raw = config(tmp_path / "run", "store")
+    code, told = cluster.doctor(raw)
+    assert code == 0, told
+    addresses = [cluster.hosts[name].address for name in ("a", "b", "c")]
+    for address in addresses:
+        for what in ("versions", "run folder", "clock"):
+            assert re.search(rf"node {address}: {what} .* ok ", told), told
+    assert re.search(r"gloo between 3 node\(s\) .* ok ", told), told
+    cluster.hosts[VICTIM].cut()
+    code, told = cluster.doctor(raw)
+    assert code == 1 and re.search(rf"{cluster.hosts[VICTIM].address}.* wrong ", told), told

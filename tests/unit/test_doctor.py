@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from pathlib import Path
 from typing import Any
@@ -96,3 +97,6 @@ def test_the_whole_of_it_on_a_cluster(ray_session: None, tmp_path: Path) -> None
     for what in ("versions", "device", "places", "clock", "gloo between 1 node(s)", "W&B"):
         assert what in told
     assert "wrong" not in told
+    raw = raw_config(tmp_path / "run", cluster={"kind": "ray"}, rollout={"workers": 99})
+    assert doctor(Config.model_validate(raw), console) == 1, "it says what has no room"
+    assert re.search(r"places +│ wrong", console.export_text())
