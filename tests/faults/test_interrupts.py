@@ -36,7 +36,7 @@ PHASES = {
     "first evaluation": (Evaluator, "__call__", 1, 0),
     "generate": (RolloutWorker, "timed", 9, None),
     "score": (ByOrigin, "score", 5, None),
-    "annotate": (LearnerWorker, "annotate", 6, None),
+    "annotate": (LearnerWorker, "annotate", 3, None),
     "update": (LearnerWorker, "update", 3, 3),
     "publish": (LearnerWorker, "publish", 4, None),
     "evaluation": (Evaluator, "__call__", 3, 2),
