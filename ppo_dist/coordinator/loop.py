@@ -98,6 +98,7 @@ class Loop:
         memory.ahead.begin(parts.pool)
         self._loaded_version: int | None = None
         self._saved_step = state.step
+        self._saving = Stopwatch()
 
     def run(self, should_stop: Callable[[], bool] = lambda: False) -> Outcome:
         """Runs to the last step, or until it is asked to stop, the watch has to stop it, or it must
@@ -141,7 +142,8 @@ class Loop:
 
     def _pass(self) -> None:
         """One step, and what is due after it."""
-        watch, pool = Stopwatch(), self._parts.pool
+        watch, pool = self._saving, self._parts.pool
+        self._saving = Stopwatch()  # what comes after this step's row counts in the next one's
         pool.vitals()  # what an evaluation took is not the step's
         with watch("step"):
             row, learners = self._step(watch)
@@ -164,10 +166,11 @@ class Loop:
                 self.save()  # this is where it goes back to
             self.pending = row | timings(watch.seconds, row, vitals)
             return
-        if is_best or self._is_due(self._config.train.checkpoint_every):
-            with watch("save"):
-                self.save()
+        # before the checkpoint, which would else be gone on from without the row if this is killed
         self._log(self.state.step, row | timings(watch.seconds, row, vitals))
+        if is_best or self._is_due(self._config.train.checkpoint_every):
+            with self._saving("save"):
+                self.save()
 
     def _step(self, watch: Stopwatch) -> tuple[Row, tuple[Vitals, ...]]:
         """The step's metrics, and the learners' vitals."""
