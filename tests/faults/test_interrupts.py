@@ -31,6 +31,7 @@ from tests.faults.test_checkpoints import raw, when
 pytestmark = pytest.mark.slow
 STEPS = 4
 RAY = {"kind": "ray", "cpus": 4}
+LOOPBACK = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 PHASES = {
     "loading": (LearnerWorker, "__init__", 1, 0),
     "first evaluation": (Evaluator, "__call__", 1, 0),
@@ -243,4 +244,4 @@ def test_a_ray_of_its_own_is_reached_from_this_machine_alone(tmp_path: Path) -> 
             for own in each.net_connections(kind="inet")
             if own.status == psutil.CONN_LISTEN
         }
-    assert listening and {ip for ip, _ in listening} <= {"127.0.0.1", "::1"}, listening
+    assert listening and {ip for ip, _ in listening} <= LOOPBACK, listening
