@@ -16,6 +16,10 @@ ORIGINS: tuple[Origin, ...] = ("labelled", "verifiable", "unlabelled")
 class InputError(Exception):
     """A config, data file or request that the user must mend: printed as one line, exit code 2."""
 
+    def __init__(self, message: str) -> None:
+        # what is wrong is quoted, whatever it holds
+        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
+
 
 class RunError(Exception):
     """A run whose workers failed for good: printed as one line, exit code 1; it can be resumed."""
