@@ -68,7 +68,8 @@ def matrix_rate(where: torch.device, dtype: torch.dtype) -> float:
     key = (where.type, dtype)
     if key not in _RATES:
         size = 8192 if where.type == "cuda" else 1024
-        a, b = (torch.randn(size, size, device=where, dtype=dtype) for _ in range(2))
+        own = torch.Generator(where).manual_seed(0)  # what a run draws is not for this
+        a, b = (torch.randn(size, size, device=where, dtype=dtype, generator=own) for _ in range(2))
         taken = []
         for _ in range(4):
             begin = time.perf_counter()
@@ -78,10 +79,12 @@ def matrix_rate(where: torch.device, dtype: torch.dtype) -> float:
     return _RATES[key]
 
 
-def peak_memory() -> int:
-    """Bytes of a GPU that this process has had at most, since this was last asked; 0 on a CPU."""
+def peak_memory() -> int | None:
+    """Bytes of a GPU that this process has had at most, since this was last asked; None if it has
+    none, as where vLLM's own processes have it.
+    """
     if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        return 0
+        return None
     most = torch.cuda.max_memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     return most

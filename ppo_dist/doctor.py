@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import re
@@ -19,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ppo_dist import device
+from ppo_dist.build.workers import keep_inside
 from ppo_dist.config import Config, InputError
 
 PACKAGES = ("ppo_dist", "torch", "deepspeed", "transformers", "ray", "wandb")
@@ -61,7 +63,7 @@ def look(folder: str, token: str) -> dict[str, Any]:
         "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         "sees_folder": sees,
         "free_gb": shutil.disk_usage(path).free / 1e9 if sees else None,
-        "disk_mb_s": _disk_speed(path) if sees else None,
+        "disk_mb_s": _disk_speed(path) if sees else 0.0,
     }
 
 
@@ -72,16 +74,17 @@ def doctor(config: Config | None, console: Console) -> int:
         InputError: the cluster cannot be joined.
     """
     folder = Path(config.run.dir if config else ".").resolve()
-    folder.mkdir(parents=True, exist_ok=True)
     token = f".doctor-{os.getpid()}"
-    (folder / token).touch()
+    with contextlib.suppress(OSError):  # then the folder is judged so
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / token).touch()
     try:
         verdicts = [*judged(look(str(folder), token)), ports_verdict(HEAD_PORTS)]
         verdicts.append(wandb_verdict(config))
         if config is not None and config.cluster.kind == "ray":
             verdicts += _of_cluster(config, str(folder), token)
     finally:
-        (folder / token).unlink()
+        (folder / token).unlink(missing_ok=True)
     table = Table("", "verdict", "found", "what to do")
     for verdict in verdicts:
         colour = COLOURS[verdict.level]
@@ -90,9 +93,13 @@ def doctor(config: Config | None, console: Console) -> int:
     return int(any(verdict.level == "wrong" for verdict in verdicts))
 
 
-def judged(found: dict[str, Any]) -> Iterator[Verdict]:
-    """Verdicts on what one machine tells of itself."""
-    yield _versions(found["versions"], _pinned(), "docker/constraints.txt")
+def judged(
+    found: dict[str, Any],
+    versions: dict[str, str] | None = None,
+    source: str = "docker/constraints.txt",
+) -> Iterator[Verdict]:
+    """Verdicts on what one machine tells of itself; `versions` are those that it should have."""
+    yield _versions(found["versions"], _pinned() if versions is None else versions, source)
     yield Verdict("device", "ok", found["device"])
     shm = found["shm_gb"]
     yield Verdict(
@@ -111,7 +118,7 @@ def judged(found: dict[str, Any]) -> Iterator[Verdict]:
 def _disk(found: dict[str, Any]) -> Verdict:
     if not found["sees_folder"]:
         fix = "run.dir must be on storage that all nodes share"
-        return Verdict("run folder", "wrong", "not to be seen here", fix)
+        return Verdict("run folder", "wrong", "not there, or not writable", fix)
     words = f"{found['free_gb']:.0f} GB free, {found['disk_mb_s']:.0f} MB/s written"
     if found["free_gb"] < DISK_LITTLE_GB:
         fix = "a checkpoint has 12 bytes a parameter of each trained model, or more"
@@ -169,6 +176,7 @@ def wandb_verdict(config: Config | None) -> Verdict:
 
 
 def _of_cluster(config: Config, folder: str, token: str) -> Iterator[Verdict]:
+    keep_inside(config.cluster)
     from ppo_dist.cluster.layout import layout
     from ppo_dist.cluster.session import nodes, session
     from ppo_dist.cluster.survey import ask, hosts
@@ -181,13 +189,13 @@ def _of_cluster(config: Config, folder: str, token: str) -> Iterator[Verdict]:
         except InputError as error:
             yield Verdict("places", "wrong", str(error), "more nodes, or fewer workers")
         own = {name: found for name in PACKAGES if (found := _version(name))}
-        for answer in ask(look, those, [(folder, token)] * len(those), 60, with_gpu=True):
+        for answer in ask(look, those, [(folder, token)] * len(those), ROUND_TRIP_S):
             name = f"node {answer.host.address}"
             if answer.problem is not None:
                 yield Verdict(name, "wrong", answer.problem, "see Ray's logs on it")
                 continue
-            told = answer.value
-            for verdict in (_versions(told["versions"], own, "the same constraints"), _disk(told)):
+            told = answer.value | {"device": f"{answer.host.gpus} GPU(s) for Ray"}
+            for verdict in judged(told, own, "this machine's versions"):
                 yield Verdict(f"{name}: {verdict.what}", verdict.level, verdict.found, verdict.fix)
             yield clock(name, told["time"], answer.asked, answer.answered)
         yield from _round_trips(those)
@@ -204,18 +212,22 @@ def clock(name: str, there: float, asked: float, answered: float) -> Verdict:
 
 def _round_trips(those: Sequence[Any]) -> Iterator[Verdict]:
     """A collective sum over all nodes: by gloo, and by NCCL where all have GPUs."""
-    from ppo_dist.cluster.survey import ask
+    from ppo_dist.cluster.network import round_trip
+    from ppo_dist.cluster.survey import ask, free_gpus
 
     kinds: list[device.DeviceKind] = ["cpu"]
     if all(host.gpus for host in those):
-        kinds.append("cuda")
+        if free_gpus() == sum(host.gpus for host in those):
+            kinds.append("cuda")
+        else:
+            yield Verdict("nccl", "warning", "not tried: GPUs are in use", "ask again later")
     for kind in kinds:
         what = f"{device.backend(kind)} between {len(those)} node(s)"
         answers = ask(_free_port, those[:1], [()], ROUND_TRIP_S)
         if answers[0].problem is None:
             at = (those[0].address, answers[0].value, ROUND_TRIP_BYTES, ROUND_TRIP_S)
             arguments = [(kind, rank, len(those), *at) for rank in range(len(those))]
-            answers = ask(device.round_trip, those, arguments, 2 * ROUND_TRIP_S, kind == "cuda")
+            answers = ask(round_trip, those, arguments, 2 * ROUND_TRIP_S, kind == "cuda")
         problems = [f"{a.host.address}: {a.problem}" for a in answers if a.problem is not None]
         if problems:
             names = "GLOO_SOCKET_IFNAME" if kind == "cpu" else "NCCL_SOCKET_IFNAME, NCCL_DEBUG=INFO"
@@ -247,7 +259,7 @@ def _pinned() -> dict[str, str]:
 
 
 def _disk_speed(folder: Path) -> float:
-    """Megabytes a second that get onto the disk."""
+    """Megabytes a second that get onto the disk; 0 if it takes nothing."""
     path, block = folder / f".doctor-speed-{os.getpid()}", os.urandom(2**20)
     try:
         begin = time.perf_counter()
@@ -257,5 +269,7 @@ def _disk_speed(folder: Path) -> float:
             file.flush()
             os.fsync(file.fileno())
         return DISK_MB / (time.perf_counter() - begin)
+    except OSError:  # full
+        return 0.0
     finally:
         path.unlink(missing_ok=True)

@@ -189,8 +189,8 @@ class RolloutPool(Protocol):
         """
 
     def vitals(self) -> Mapping[int, Vitals]:
-        """Of each worker that is left, by number: its seconds on what was collected since this was
-        last asked, and what it last told of itself.
+        """Of each worker that is left, by number: what it told with what was collected since this
+        was last asked.
         """
 
     def resize(self, workers: int) -> None:

@@ -87,16 +87,28 @@ class UpdateReport:
 
 @dataclass(frozen=True)
 class Vitals:
-    """What a worker's process did since it last told: seconds at work, CPU cores on average; and
-    the memory that it has, of a GPU the most that it had, in GB.
+    """What a worker's process did in some seconds: how many of them it was at work, how many its
+    CPU cores were in all; and the memory that it has, of a GPU the most that it had. With its
+    children, but for the GPU's; where both roles are one process, each tells of all of it.
 
-    Example: Vitals(busy_s=11.5, cores=1.9, memory_gb=4.2, gpu_memory_gb=0.0)
+    Example: Vitals(busy_s=11.5, seconds=12.0, cpu_s=23.1, memory=4_200_000_000)
     """
 
-    busy_s: float
-    cores: float
-    memory_gb: float
-    gpu_memory_gb: float
+    busy_s: float = 0.0
+    seconds: float = 0.0
+    cpu_s: float = 0.0
+    memory: int | None = None
+    gpu_memory: int | None = None
+
+    def __add__(self, later: Vitals) -> Vitals:
+        known = [peak for peak in (self.gpu_memory, later.gpu_memory) if peak is not None]
+        return Vitals(
+            self.busy_s + later.busy_s,
+            self.seconds + later.seconds,
+            self.cpu_s + later.cpu_s,
+            later.memory,
+            max(known, default=None),
+        )
 
 
 @dataclass(frozen=True)

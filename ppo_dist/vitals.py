@@ -27,8 +27,8 @@ class Pulse:
         """Since this was last asked."""
         now, (cpu_s, memory) = time.perf_counter(), self._taken()
         # what a process that has ended took is gone with it
-        cores = max(cpu_s - self._cpu_s, 0.0) / max(now - self._asked, 1e-9)
-        found = Vitals(self._busy_s, cores, memory / 1e9, device.peak_memory() / 1e9)
+        more = max(cpu_s - self._cpu_s, 0.0)
+        found = Vitals(self._busy_s, now - self._asked, more, memory, device.peak_memory())
         self._asked, self._cpu_s, self._busy_s = now, cpu_s, 0.0
         return found
 

@@ -83,7 +83,7 @@ class FakePool:
         self.engine = FakeEngine()
         self.events: list[str] = []
         self._done: dict[int, list[Rollout]] = {}
-        self._tickets = 0
+        self._tickets, self._busy = 0, 0
 
     def submit(self, chunks: Sequence[Chunk]) -> int:
         self.events += [f"submit {len(chunks)} of step {step}" for step in {c.step for c in chunks}]
@@ -92,10 +92,12 @@ class FakePool:
         return self._tickets
 
     def collect(self, ticket: int) -> list[Rollout]:
+        self._busy += 1
         return self._done.pop(ticket)
 
     def vitals(self) -> dict[int, Vitals]:
-        return {}
+        busy, self._busy = self._busy, 0
+        return {0: Vitals(busy)}
 
     def resize(self, workers: int) -> None:
         self.events.append(f"resize {workers}")

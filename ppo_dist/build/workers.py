@@ -16,6 +16,7 @@ from ppo_dist.build.engines import engine
 from ppo_dist.build.parts import reward_source
 from ppo_dist.config import Config, reward_models
 from ppo_dist.config.reward import ModelReward
+from ppo_dist.config.workers import Cluster
 from ppo_dist.protocols import LearnerGroup, RewardSource, RolloutPool
 from ppo_dist.tracking.local import record_event
 
@@ -29,6 +30,16 @@ if TYPE_CHECKING:
     from ppo_dist.learner.group import Ranks
 
 
+def keep_inside(cluster: Cluster) -> None:
+    """Has a Ray of this machine alone listen on the loopback. To be called before Ray is imported:
+    it then takes the machine's outer address, where a head of launch/ray_head.sh is not.
+    """
+    address = cluster.address or os.environ.get("RAY_ADDRESS", "")
+    is_here = not address or address.startswith(("127.0.0.1:", "localhost:"))
+    if is_here and "ray" not in sys.modules:
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+
+
 @contextlib.contextmanager
 def cluster(config: Config) -> Iterator[None]:
     """Whatever the workers run on: a Ray connection, or nothing.
@@ -39,12 +50,7 @@ def cluster(config: Config) -> Iterator[None]:
     if config.cluster.kind == "local":
         yield
         return
-    address = config.cluster.address or os.environ.get("RAY_ADDRESS", "")
-    is_here = not address or address.startswith(("127.0.0.1:", "localhost:"))
-    if is_here and "ray" not in sys.modules:
-        # or Ray, once it is imported, takes the machine's outer address: a Ray of this machine
-        # alone would listen there, and a head of launch/ray_head.sh would not
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    keep_inside(config.cluster)
     from ppo_dist.cluster.layout import layout
     from ppo_dist.cluster.session import nodes, session
 

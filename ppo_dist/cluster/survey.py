@@ -49,6 +49,11 @@ def hosts() -> list[Host]:
     ]
 
 
+def free_gpus() -> int:
+    """GPUs of the cluster that nobody has."""
+    return int(ray.available_resources().get("GPU", 0))
+
+
 def ask(
     question: Callable[..., Any],
     those: Sequence[Host],

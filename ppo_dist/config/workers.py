@@ -213,7 +213,9 @@ WandbMode = Annotated[Literal["auto", "online", "offline", "off"], BeforeValidat
 class Tracking(Section):
     wandb: WandbMode = Field("auto", description="auto: online with a key, else offline")
     project: str = "ppo_dist"
-    tags: tuple[str, ...] = Field((), description="of the W&B run")
+    tags: tuple[Annotated[str, Field(min_length=1, max_length=64)], ...] = Field(
+        (), description="of the W&B run"
+    )
     notes: str = Field("", description="on the W&B run: what it is for")
     artifacts: bool = Field(
         False, description="keep config, policy/ and policy-best/ as W&B artifacts: whole models"

@@ -18,11 +18,12 @@ from ppo_dist.types import TrainSequence
 @dataclass(frozen=True)
 class Cost:
     """What a dense model's forward and backward pass takes, by the usual count (Chowdhery et al.
-    2022, appendix B): 6 FLOPs a parameter and token, 12·layers·width a pair of tokens in attention
-    (half of it, since it is causal), and the output head where there are targets. What is computed
-    again in backward does not count again.
+    2022, appendix B): 6 FLOPs a parameter and token (4 if the parameter is frozen), which is what
+    `trunk` and `head` say, 12·layers·heads·width a pair of tokens in attention (half of it, since
+    it is causal), and the output head where there are targets. What is computed again in backward
+    does not count again.
 
-    Example: Cost(trunk=106_000_000, head=28_000_000, width=17_280)
+    Example: Cost(trunk=637_000_000, head=170_000_000, width=17_280)
     """
 
     trunk: int
@@ -33,14 +34,16 @@ class Cost:
     def of(cls, lm: PreTrainedModel) -> Cost:
         """Of a causal model, or of a trunk alone."""
         config, inputs, outputs = lm.config, lm.get_input_embeddings(), lm.get_output_embeddings()
-        trunk = _size(lm.base_model) - _size(inputs)
-        width = config.num_hidden_layers * config.hidden_size
-        return cls(trunk, _size(outputs) if outputs is not None else 0, width)
+        trunk = _flops(lm.base_model) - _flops(inputs)
+        heads = config.num_attention_heads
+        each = getattr(config, "head_dim", None) or config.hidden_size // heads
+        width = config.num_hidden_layers * heads * each
+        return cls(trunk, _flops(outputs) if outputs is not None else 0, width)
 
     def flops(self, sequences: Sequence[TrainSequence], tokens: int, targets: int) -> float:
         """Of sequences that were packed into that many tokens with that many targets."""
         pairs = sum(len(s.tokens_T) ** 2 for s in sequences) / 2
-        return 6.0 * (self.trunk * tokens + self.head * targets) + 12.0 * self.width * pairs
+        return self.trunk * tokens + self.head * targets + 12.0 * self.width * pairs
 
 
 class Rate:
@@ -49,7 +52,7 @@ class Rate:
     """
 
     def __init__(self, where: torch.device, dtype: str) -> None:
-        self._limit = device.matrix_rate(where, device.DTYPES[dtype])
+        self._where, self._dtype = where, device.DTYPES[dtype]
         self._flops = 0.0
         self.mfu: float | None = None
 
@@ -60,12 +63,16 @@ class Rate:
     @contextlib.contextmanager
     def measured(self) -> Iterator[None]:
         """A block that ends when what it computes is done."""
+        limit = device.matrix_rate(self._where, self._dtype)  # once all workers have started
         begin, self._flops = time.perf_counter(), 0.0
         yield
         per_second = self._flops / max(time.perf_counter() - begin, 1e-9)
-        self.mfu = per_second / self._limit if self._flops else None
+        self.mfu = per_second / limit if self._flops else None
 
 
-def _size(module: nn.Module) -> int:
-    """Parameters, also those of which ZeRO-3 has only a part here."""
-    return sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
+def _flops(module: nn.Module) -> int:
+    """Of a token; ZeRO-3 has only a part of each parameter here."""
+    return sum(
+        (6 if p.requires_grad else 4) * getattr(p, "ds_numel", p.numel())
+        for p in module.parameters()
+    )

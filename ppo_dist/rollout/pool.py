@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 
 from ppo_dist.config import RunError, WorkersLost
 from ppo_dist.config.workers import Cluster
@@ -17,7 +16,6 @@ from ppo_dist.types import Chunk, Rollout, Weights
 
 ATTEMPTS = 3
 ON_DISK = 0  # the version that an engine starts with
-NOTHING = Vitals(0.0, 0.0, 0.0, 0.0)
 Done = tuple[list[Rollout], Vitals, int]  # and the worker that did it
 
 
@@ -98,8 +96,7 @@ class Pool:
         except (WorkerError, WeightsError) as error:
             raise RunError(f"rollout workers: {error}") from None
         for _, new, number in done:
-            before = self._vitals.get(number, NOTHING)
-            self._vitals[number] = replace(new, busy_s=before.busy_s + new.busy_s)
+            self._vitals[number] = self._vitals.get(number, Vitals()) + new
         if self._takes_turns and not self._underway:
             self.sleep()
         return [rollout for rollouts, *_ in done for rollout in rollouts]
@@ -116,10 +113,9 @@ class Pool:
 
     def vitals(self) -> dict[int, Vitals]:
         """See RolloutPool."""
-        left = [member.number for member in self._members.left()]
-        told = {number: self._vitals.get(number, NOTHING) for number in left}
-        self._vitals = {number: replace(last, busy_s=0.0) for number, last in told.items()}
-        return told
+        told, self._vitals = self._vitals, {}
+        left = [member.number for member in self._members.all if not member.life.is_out]
+        return {number: told.get(number, Vitals()) for number in left}
 
     def close(self) -> None:
         """Lets go of what waits."""

@@ -31,7 +31,7 @@ SECTIONS = {
     "timing_s": False,
     "system": False,
 }
-TOGETHER = {"timing_s", "perf"}  # shares of one whole: curves in one panel
+TOGETHER = {"timing_s"}  # parts of one whole: curves in one panel
 SAMPLES = "samples"
 
 

@@ -1,5 +1,5 @@
 """Records to metrics rows: names, and what each number means. Nothing to count is None, and every
-row has every key.
+row has every key; those of workers that came later are in the rows from then on.
 """
 
 from __future__ import annotations
@@ -7,7 +7,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
 from functools import reduce
 
 import numpy as np
@@ -22,7 +21,7 @@ EVALUATED = ("accuracy", "reward", "sampled_accuracy", "nll", "dropped")
 STAGES = ("generate", "score", "annotate", "update", "publish", "evaluate", "save", "step")
 IDLE = ("idle_rollout", "idle_learner")
 WORKERS = "system/"
-VITALS = tuple(field.name for field in fields(Vitals))
+VITALS = ("busy_s", "cores", "memory_gb", "gpu_memory_gb")
 
 
 class Stopwatch:
@@ -151,8 +150,13 @@ def took(vitals: Mapping[str, Mapping[int, Vitals]]) -> Row:
         f"{WORKERS}{role}-{number}/{key}": value
         for role, workers in vitals.items()
         for number, told in workers.items()
-        for key, value in vars(told).items()
+        for key, value in zip(VITALS, _taken(told), strict=True)
     }
+
+
+def _taken(told: Vitals) -> tuple[float | None, ...]:
+    memory = (None if n is None else n / 1e9 for n in (told.memory, told.gpu_memory))
+    return told.busy_s, _share(told.cpu_s, told.seconds), *memory
 
 
 def timings(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -35,12 +36,12 @@ class Wandb:
         run_id = kept.read_text().strip() if resume and kept.exists() else secrets.token_hex(4)
         write_text(kept, run_id)
         _hide_credentials()
-        self._folder, self._keeps = folder, config.tracking.artifacts
+        self._folder, self._keeps, self._began = folder, config.tracking.artifacts, time.time()
         self._run = wandb.init(
             project=config.tracking.project,
             name=folder.name,
-            tags=config.tracking.tags,
-            notes=config.tracking.notes or None,
+            tags=redacted_in(list(config.tracking.tags)) or None,
+            notes=redacted(config.tracking.notes) or None,
             id=run_id,
             resume="allow",
             dir=str(folder),
@@ -80,10 +81,16 @@ class Wandb:
     def close(self) -> None:
         """See Tracker."""
         if self._keeps:
+            self._keep_policies()
+        self._run.finish()
+
+    def _keep_policies(self) -> None:
+        """Those of a run that is done: it has written its policy since this began."""
+        policy = self._folder / POLICIES[0]
+        if policy.is_dir() and policy.stat().st_mtime >= self._began:
             for name in POLICIES:
                 if (self._folder / name).is_dir():
                     self._run.log_artifact(self._artifact(name, "model"))
-        self._run.finish()
 
     def _keep_config(self) -> None:
         """The run's config is what its policies come from. Offline W&B cannot be told of inputs."""
@@ -96,8 +103,9 @@ class Wandb:
     def _artifact(self, name: str, kind: str) -> wandb.Artifact:
         path = self._folder / name
         artifact = wandb.Artifact(f"{self._run.id}-{path.stem}", kind)
+        # immutable: W&B makes no copy of its own of a whole model
         add = artifact.add_dir if path.is_dir() else artifact.add_file
-        add(str(path))
+        add(str(path), policy="immutable")
         return artifact
 
 

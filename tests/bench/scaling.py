@@ -27,7 +27,7 @@ from ppo_dist.learner.group import Learners
 from ppo_dist.learner.worker import LearnerWorker, UpdateShard
 from ppo_dist.protocols import NamedTensors
 from ppo_dist.reports import StepReport, TermSums, UpdateReport, Vitals
-from ppo_dist.rollout.pool import NOTHING, Pool
+from ppo_dist.rollout.pool import Pool
 from ppo_dist.transport.store import StoreReceiver
 from ppo_dist.types import Annotation, Chunk, Prompt, Rollout, Score, Weights
 from tests.bench.work import Found
@@ -58,7 +58,7 @@ class Writer:
             for r in chunk.requests
             for i in r.indices
         ]
-        return made, NOTHING
+        return made, Vitals()
 
 
 class Ranks:

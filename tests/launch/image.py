@@ -95,7 +95,7 @@ class Stage:
             inside = self.root / folder.relative_to("/")
             inside.mkdir(parents=True, exist_ok=True)
             mount += f'mount --bind {folder} "$0{folder}"; '
-        apart = ("unshare", "--mount", "--pid", "--fork", "sh", "-ec")
+        apart = ("unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-ec")
         chroot = f'exec chroot --userspec={self._user}:{self._user} "$0" "$@"'
         told = {k: v for k, v in os.environ.items() if k.startswith("PIP_")}
         env = {"PATH": PATH, "HOME": "/root" if self._user == "0" else "/home/ppo", **told}

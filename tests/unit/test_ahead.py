@@ -17,7 +17,7 @@ import pytest
 
 from ppo_dist.coordinator.ahead import Ahead
 from ppo_dist.reports import Coefficients, StepReport, Vitals
-from ppo_dist.rollout.pool import NOTHING, Pool
+from ppo_dist.rollout.pool import Pool
 from ppo_dist.types import Chunk, Request, Rollout, Sampling, TrainSequence, Weights
 from tests.fakes import FakeEngine, FakeLearners, FakePool
 from tests.unit.rig import Rig, prompts
@@ -165,7 +165,7 @@ class SleepyWorker:
             weights = self._received.pop(chunk.version)
             self._engine.load(weights.version, weights.parts)
         time.sleep(self._seconds)
-        return self._engine.generate(chunk), replace(NOTHING, busy_s=self._seconds)
+        return self._engine.generate(chunk), Vitals(busy_s=self._seconds)
 
 
 class SleepyLearners(FakeLearners):
@@ -181,7 +181,7 @@ class SleepyLearners(FakeLearners):
         time.sleep(self._seconds)
         return replace(
             super().update(updates, coefficients),
-            vitals=(replace(NOTHING, busy_s=self._seconds),),
+            vitals=(Vitals(busy_s=self._seconds),),
         )
 
 

@@ -95,7 +95,7 @@ REPORT = StepReport(
         UpdateReport(TokenCounts(policy=4, value=4, ce=10), SUMS, 1.0, 3.0),
         UpdateReport(TokenCounts(policy=2, value=2, ce=6), SUMS, 2.0, None),
     ),
-    vitals=(Vitals(1.5, 0.9, 2.0, 0.0),),
+    vitals=(Vitals(1.5),),
     mfu=0.25,
 )
 
@@ -220,8 +220,8 @@ def test_evaluation() -> None:
 
 def at_work(rollout: float, learner: float) -> dict[str, dict[int, Vitals]]:
     """Two rollout workers, one of which did nothing, and a learner."""
-    first, second, third = (Vitals(s, 0.9, 2.0, 0.0) for s in (2 * rollout, 0.0, learner))
-    return {"rollout": {0: first, 3: second}, "learner": {0: third}}
+    first, third = (Vitals(s, 2.0, 1.8, 2 * 10**9) for s in (2 * rollout, learner))
+    return {"rollout": {0: first, 3: Vitals()}, "learner": {0: third}}
 
 
 NOTHING = at_work(0.0, 0.0)
@@ -247,6 +247,7 @@ def test_each_worker_tells_what_it_takes() -> None:
     row = took(at_work(0.75, 1.5))
     assert row["system/rollout-0/busy_s"] == 1.5 and row["system/rollout-3/busy_s"] == 0.0
     assert row["system/learner-0/cores"] == 0.9 and row["system/learner-0/memory_gb"] == 2.0
+    assert row["system/rollout-3/cores"] is None and row["system/rollout-3/memory_gb"] is None
     assert len(row) == 12
 
 
@@ -284,7 +285,7 @@ def config(*origins: str, held_out: bool = False, semi: Any = None, **algorithm:
 def test_keys_name_everything_that_a_run_tells() -> None:
     told = step_row(PLAN, COEFFICIENTS, 4, ROLLOUTS, ANNOTATED, [], REPORT)
     told |= timings(Stopwatch().seconds, told, NOTHING) | evaluation_row("held_out", [], [], None)
-    told |= took({role: {0: Vitals(0.0, 0.0, 0.0, 0.0)} for role in ("rollout", "learner")})
+    told |= took({role: {0: Vitals()} for role in ("rollout", "learner")})
     told["objective/kl_coef"] = 0.1  # the loop knows it, and what the guard says
     told |= {"guard/gap": None, "guard/action": 0.0}
     told |= {"rollout/dropped": 0.0, "reward/dropped": None}

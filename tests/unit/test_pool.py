@@ -79,7 +79,7 @@ class Fragile:
         self.served.append(chunk.version)
         engine = FakeEngine()
         engine.version = chunk.version
-        return engine.generate(chunk), Vitals(0.5, 1.0, 2.0, 0.0)
+        return engine.generate(chunk), Vitals(0.5, 1.0, 2.0, 3)
 
     def sleep(self) -> None:
         if self.crashes:
@@ -199,8 +199,8 @@ def test_versions_are_kept_apart_while_older_chunks_wait() -> None:
     assert not made._waiting, "what has been done leaves nothing behind"
     told = made.vitals()
     assert sum(each.busy_s for each in told.values()) == 6.0 and told.keys() == {0, 1}
-    again = made.vitals()
-    assert [(v.busy_s, v.memory_gb) for v in again.values()] == [(0.0, 2.0)] * 2, "seconds once"
+    assert all(each.memory == 3 and each.cpu_s == 4 * each.busy_s for each in told.values())
+    assert made.vitals() == {0: Vitals(), 1: Vitals()}, "once"
     assert all(worker.wrong == [] for worker in workers)
 
 

@@ -33,9 +33,10 @@ def test_a_process_tells_what_it_takes_with_its_children() -> None:
             pass
         after = pulse.vitals()
         child.kill()
-    assert len(kept) and 0.6 < after.memory_gb - before.memory_gb < 1.0
+    assert len(kept) and after.memory and before.memory
+    assert 0.6e9 < after.memory - before.memory < 1e9
     assert after.busy_s == 0.75 and pulse.vitals().busy_s == 0.0
-    assert 0.1 < after.cores < 3.0
+    assert after.seconds >= 0.3 and 0.1 < after.cpu_s / after.seconds < 3.0
 
 
 def test_the_cost_of_a_model(tiny_models: dict[str, Path]) -> None:
@@ -43,7 +44,9 @@ def test_the_cost_of_a_model(tiny_models: dict[str, Path]) -> None:
     cost = Cost.of(lm)
     layer = 4 * 32 * 32 - 2 * 32 * 16 + 3 * 32 * 64 + 2 * 32  # two of four key-value heads
     vocabulary = lm.config.vocab_size
-    assert (cost.trunk, cost.head, cost.width) == (2 * layer + 32, vocabulary * 32, 2 * 32)
+    assert cost == Cost(6 * (2 * layer + 32), 6 * vocabulary * 32, 2 * 32)
+    lm.requires_grad_(False)
+    assert Cost.of(lm).trunk == 4 * (2 * layer + 32), "as where adapters are trained alone"
     trunk = Cost.of(load_critic(str(tiny_models["llama"]), torch.float32).trunk)
     assert trunk == Cost(cost.trunk, 0, cost.width), "a critic has no head over the vocabulary"
 
@@ -51,7 +54,7 @@ def test_the_cost_of_a_model(tiny_models: dict[str, Path]) -> None:
 def test_the_flops_of_a_packed_row_by_hand() -> None:
     sequences = [sequence([1, 2], [3]), sequence([1], [2, 3])]
     found = Cost(trunk=10, head=5, width=2).flops(sequences, tokens=6, targets=3)
-    assert found == 6 * (10 * 6 + 5 * 3) + 12 * 2 * (9 + 9) / 2
+    assert found == 10 * 6 + 5 * 3 + 12 * 2 * (9 + 9) / 2
 
 
 def test_a_rate_is_of_the_last_block(monkeypatch: pytest.MonkeyPatch) -> None:
