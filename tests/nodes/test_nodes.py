@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
+from ppo_dist.coordinator.scale import Scale
+from ppo_dist.inspect import rescale
 from tests.conftest import raw_config
 from tests.nodes.net import network, why_not
 from tests.nodes.rig import Cluster, environment, training
@@ -131,6 +134,23 @@ def test_a_node_is_lost(
         assert cluster.actors()[SPARE] == {"RolloutActor": 1}
         run.end(END_S)
         assert run.numbers() == expected
+
+
+def test_a_worker_without_room_joins_on_a_new_node(
+    cluster: Cluster, tmp_path: Path, expected: list[dict[str, Any]]
+) -> None:
+    """As where Ray's autoscaler starts one; the run goes on meanwhile."""
+    with cluster.train(config(tmp_path / "run", "store")) as run:
+        run.wait(lambda: len(run.rows()) > 3, START_S)
+        rescale(run.folder, Scale(rollout_workers=3), Console(quiet=True))
+        run.wait(lambda: run.events("rollout_worker_added"), RESTART_S)
+        steps = len(run.rows())
+        run.wait(lambda: len(run.rows()) > steps + 3, START_S)
+        cluster.start(SPARE)
+        run.wait(lambda: cluster.actors()[SPARE] == {"RolloutActor": 1}, RESTART_S)
+        run.end(END_S)
+        assert run.numbers() == expected
+        assert not run.events("rollout_worker_failed")
 
 
 def test_the_doctor_asks_every_node(cluster: Cluster, tmp_path: Path) -> None:
