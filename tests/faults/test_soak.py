@@ -36,7 +36,7 @@ STEPS, KILLS = 500, 25
 RESUMES_BEFORE = 0.4  # of the run: later the driver stays, so that its memory can be looked at
 EVERY_S = 1.0
 ROLES = {
-    "ppo_dist": "driver",
+    "-m ppo_dist": "driver",
     "raylet": "raylet",
     "gcs_server": "gcs",
     "ray::RolloutActor": "rollout worker",
