@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ppo_dist import device
-from ppo_dist.build.workers import keep_inside
+from ppo_dist.build.workers import before_ray
 from ppo_dist.config import Config, InputError
 
 PACKAGES = ("ppo_dist", "torch", "deepspeed", "transformers", "ray", "wandb")
@@ -176,7 +176,7 @@ def wandb_verdict(config: Config | None) -> Verdict:
 
 
 def _of_cluster(config: Config, folder: str, token: str) -> Iterator[Verdict]:
-    keep_inside(config.cluster)
+    before_ray(config.cluster)
     from ppo_dist.cluster.layout import layout
     from ppo_dist.cluster.session import nodes, session
     from ppo_dist.cluster.survey import ask, hosts

@@ -30,11 +30,15 @@ if TYPE_CHECKING:
     from ppo_dist.learner.group import Ranks
 
 
-def keep_inside(cluster: Cluster) -> None:
-    """Has a Ray of this machine alone listen on the loopback. To be called before Ray is imported:
-    it then takes the machine's outer address, where a head of launch/ray_head.sh is not.
+def before_ray(cluster: Cluster) -> None:
+    """Settings that Ray reads when it is imported: a Ray of this machine alone listens on the
+    loopback (it would take the machine's outer address, where a head of launch/ray_head.sh is not);
+    a cluster is shown the token, where there is one.
     """
     address = cluster.address or os.environ.get("RAY_ADDRESS", "")
+    kept = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    if address and (os.environ.get("RAY_AUTH_TOKEN") or kept.is_file()):
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     is_here = not address or address.startswith(("127.0.0.1:", "localhost:"))
     if is_here and "ray" not in sys.modules:
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
@@ -50,7 +54,7 @@ def cluster(config: Config) -> Iterator[None]:
     if config.cluster.kind == "local":
         yield
         return
-    keep_inside(config.cluster)
+    before_ray(config.cluster)
     from ppo_dist.cluster.layout import layout
     from ppo_dist.cluster.session import nodes, session
 
