@@ -106,7 +106,7 @@ def test_preempted_twice_it_equals_an_uninterrupted_run(cluster: Slurm, tmp_path
 def test_its_exit_code_is_the_runs(cluster: Slurm, tmp_path: Path) -> None:
     """On one node, and it is not tried again."""
     job = submitted(cluster, written(tmp_path, data={"labelled": "nowhere.jsonl"}))
-    wait_for(lambda: cluster.job(job)["JobState"] == "FAILED", 120)
+    wait_for(lambda: cluster.job(job)["JobState"] == "FAILED", 240)
     found = cluster.job(job)
     assert found["ExitCode"] == "2:0" and found["Restarts"] == "0"
     assert "nowhere.jsonl" in (tmp_path / f"slurm-{job}.out").read_text()
@@ -115,7 +115,7 @@ def test_its_exit_code_is_the_runs(cluster: Slurm, tmp_path: Path) -> None:
 
 def test_cancelled_it_stays_so(cluster: Slurm, tmp_path: Path) -> None:
     job = submitted(cluster, written(tmp_path))
-    wait_for(lambda: len(rows(tmp_path)) > 1, 120)
+    wait_for(lambda: len(rows(tmp_path)) > 1, 240)
     cluster.command("scancel", job)
     wait_for(lambda: not cluster.command("squeue", "--noheader"), 60)
     found = cluster.job(job)
