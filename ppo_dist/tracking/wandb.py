@@ -20,6 +20,7 @@ from ppo_dist.config.workers import WandbMode
 from ppo_dist.files import write_text
 
 ID_FILE = "wandb_id.txt"
+INCREMENTS = 90  # W&B shows the latest hundred of a table
 POLICIES = ("policy", "policy-best")  # in a run folder
 # it would keep what is printed before credentials are taken out of it
 SETTINGS = wandb.Settings(silent=True, console="off")
@@ -52,6 +53,8 @@ class Wandb:
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
         self._table = wandb.Table(columns=[], log_mode="INCREMENTAL")
+        self._unsent, self._last, self._sent_at = 0, 0, 0
+        self._every = -(-config.train.steps // INCREMENTS)
         if self._keeps:
             self._keep_config()
 
@@ -69,7 +72,13 @@ class Wandb:
             self._table = wandb.Table(columns=["step", *rows[0]], log_mode="INCREMENTAL")
         for row in rows:
             self._table.add_data(step, *redacted_in(list(row.values())))
+        self._unsent, self._last = self._unsent + len(rows), step
+        if step == 0 or step - self._sent_at >= self._every:
+            self._send_table(step)
+
+    def _send_table(self, step: int) -> None:
         self._run.log({"step": step, "samples": self._table})
+        self._unsent, self._sent_at = 0, step
 
     def alert(self, step: int, title: str, text: str) -> None:
         """See Tracker. W&B sends it to whoever watches the run; the same title at most once in ten
@@ -80,6 +89,8 @@ class Wandb:
 
     def close(self) -> None:
         """See Tracker."""
+        if self._unsent:
+            self._send_table(self._last)
         if self._keeps:
             self._keep_policies()
         self._run.finish()

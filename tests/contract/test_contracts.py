@@ -166,6 +166,19 @@ def test_trackers(tmp_path: Path, kind: str) -> None:
         assert list(tmp_path.glob("wandb/offline-run-*/*.wandb")), "an offline file is there"
 
 
+def test_a_long_runs_table_is_sent_at_most_a_hundred_times(tmp_path: Path) -> None:
+    """W&B shows no more of a table that grows."""
+    raw = raw_config(tmp_path, tracking={"wandb": "offline"}, train={"steps": 1000})
+    tracker = Wandb(Config.model_validate(raw), tmp_path, resume=False)
+    for step in range(1001):
+        tracker.table(step, [{"response": str(step)}])
+    tracker.close()
+    files = list(tmp_path.glob("wandb/offline-run-*/files/media/table/samples_*.table.json"))
+    assert 50 < len(files) <= 100
+    rows = [row for file in files for row in json.loads(file.read_text())["data"]]
+    assert sorted(rows) == [[step, str(step)] for step in range(1001)]
+
+
 def test_memory_transport() -> None:
     suites.check_transport(MemorySender(), [MemoryReceiver(), MemoryReceiver()])
 
