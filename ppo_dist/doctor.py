@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import platform
 import re
 import resource
 import shutil
@@ -54,9 +53,7 @@ def look(folder: str, token: str) -> dict[str, Any]:
     path = Path(folder)
     sees = (path / token).is_file()
     return {
-        "host": socket.gethostname(),
         "time": time.time(),
-        "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
         "device": device.described(),
         "shm_gb": shutil.disk_usage("/dev/shm").total / 1e9 if Path("/dev/shm").is_dir() else None,
@@ -102,12 +99,10 @@ def judged(
     yield _versions(found["versions"], _pinned() if versions is None else versions, source)
     yield Verdict("device", "ok", found["device"])
     shm = found["shm_gb"]
-    yield Verdict(
-        "/dev/shm",
-        "ok" if shm is not None and shm >= SHM_LITTLE_GB else "warning",
-        "none" if shm is None else f"{shm:.1f} GB",
-        "" if shm and shm >= SHM_LITTLE_GB else "docker run --shm-size=8g: Ray's objects are there",
-    )
+    little = shm is None or shm < SHM_LITTLE_GB
+    size = "none" if shm is None else f"{shm:.1f} GB"
+    fix = "docker run --shm-size=8g: Ray's objects are there"
+    yield Verdict("/dev/shm", "warning" if little else "ok", size, fix if little else "")
     few = found["open_files"] < OPEN_FILES_FEW
     fix = f"ulimit -n {OPEN_FILES_FEW}, before Ray starts"
     limit = f"{found['open_files']:,} at most"
