@@ -87,6 +87,8 @@ class RolloutSection(Section):
 
 
 class AdamW(Section):
+    """Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2; torch's fused one."""
+
     kind: Literal["adamw"] = "adamw"
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)

@@ -123,7 +123,7 @@ class Soak:
     def _kill_driver(self, before: int, end: float) -> None:
         self.process.kill()
         self.process.wait()
-        assert gone(self.mark, within_s=60) == [], "Ray's processes outlive the driver"
+        assert gone(self.mark) == [], "Ray's processes outlive the driver"
         self.killed["driver"] += 1
         begin = time.monotonic()
         self.process = self._start("--resume")
@@ -207,7 +207,7 @@ def test_soak(tmp_path: Path, pytestconfig: pytest.Config) -> None:
     try:
         with Watch(soak.mark, folder).on() as watch:
             soak.run(deadline_s=60 * kills + 2 * steps)
-        left = gone(soak.mark, within_s=60)
+        left = gone(soak.mark)
     finally:
         for process in marked(soak.mark):
             with contextlib.suppress(psutil.Error):

@@ -90,7 +90,8 @@ class Stage:
         Raises:
             AssertionError: it failed.
         """
-        mount = 'mount -t proc proc "$0/proc"; mount --rbind /dev "$0/dev"; '
+        mount = 'mount -t proc proc "$0/proc"; '
+        mount += "".join(f'mount --rbind {name} "$0{name}"; ' for name in ("/dev", "/sys"))
         for folder in _folders_of_indexes():
             inside = self.root / folder.relative_to("/")
             inside.mkdir(parents=True, exist_ok=True)

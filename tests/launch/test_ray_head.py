@@ -140,6 +140,13 @@ def test_probes_of_kubernetes_need_no_token(head: Head) -> None:
         assert head.status(None, f"{server}/api/{path}") == 200
 
 
+def test_the_images_healthcheck_asks_its_node(head: Head) -> None:
+    for port, code in ((head.agent, 0), (free_ports(1)[0], 1)):
+        env = head.env | {"PPO_DIST_AGENT_PORT": str(port)}
+        done = subprocess.run([ROOT / "launch" / "health.sh"], env=env, capture_output=True)
+        assert done.returncode == code, done.stderr
+
+
 def test_a_run_is_followed_to_its_end(head: Head, tmp_path: Path) -> None:
     """The variable reaches the job and no log of the cluster."""
     config = written(tmp_path)
