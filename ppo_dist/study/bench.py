@@ -1,7 +1,8 @@
 """`ppo-dist bench`: how fast responses are written, against the libraries' own ways.
 
-Each contender runs in a process of its own, one after the other, and does the same job several
-times; the first time does not count.
+Each round is done by a process of its own, one contender after the other and then the first again:
+a machine that is not always as fast is so for all. What a process does first, with a quarter of the
+prompts, does not count.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +32,7 @@ from ppo_dist.protocols import RolloutEngine
 from ppo_dist.rollout.sampling import seed
 from ppo_dist.types import Chunk, Prompt, Sampling
 
-Run = Callable[[int], list[int]]  # the lengths of all responses of a round
+Run = Callable[["Job", int], list[int]]  # the lengths of all responses of a round
 CONTENDERS = ("transformers", "hf", "vllm-alone", "vllm")
 AGAINST = {"hf": "transformers", "vllm": "vllm-alone"}
 
@@ -56,6 +57,22 @@ class Job:
     repeats: int
 
 
+@dataclass(frozen=True)
+class Round:
+    """How long it took to write all responses, and their lengths in tokens.
+
+    Example: Round(seconds=51.2, lengths=[17, 256, 3])
+    """
+
+    seconds: float
+    lengths: list[int]
+
+    @property
+    def speed(self) -> float:
+        """Tokens a second."""
+        return sum(self.lengths) / self.seconds
+
+
 def bench_rollout(job: Job, contenders: list[str], console: Console) -> int:
     """Prints tokens per second of each contender, and ours against the library's own way. Returns
     the exit code.
@@ -66,43 +83,43 @@ def bench_rollout(job: Job, contenders: list[str], console: Console) -> int:
     unknown = set(contenders) - set(CONTENDERS)
     if unknown:
         raise InputError(f"{min(unknown)} is not one of {', '.join(CONTENDERS)}")
-    found: dict[str, dict[str, Any]] = {}
-    for name in contenders:
-        try:
-            found[name] = _found(name, job)
-        except subprocess.CalledProcessError as error:
-            console.print(f"{name}: failed\n{error.stderr[-2000:]}", markup=False)
-            return 1
-        console.print(f"{name}: {_speed(found[name]):.0f} tokens/s")
+    found: dict[str, list[Round]] = {name: [] for name in contenders}
+    for number in range(1, job.repeats + 1):
+        for name in contenders:
+            try:
+                found[name].append(_found(name, job, number))
+            except subprocess.CalledProcessError as error:
+                console.print(f"{name}: failed\n{error.stderr[-2000:]}", markup=False)
+                return 1
+            console.print(f"{name}: {found[name][-1].speed:.0f} tokens/s")
     table = Table("", "tokens/s", "median seconds", "tokens", "lengths", "ratio")
-    for name, told in found.items():
-        seconds = statistics.median(s for s, _ in told["rounds"])
+    for name, rounds in found.items():
+        seconds = statistics.median(r.seconds for r in rounds)
         against = AGAINST.get(name, "")
         ratio = ""
         if against in found:
-            ratio = f"{_speed(told) / _speed(found[against]):.2f} x {against}"
-        tokens = str(told["rounds"][-1][1])
-        row = (name, f"{_speed(told):.0f}", f"{seconds:.1f}", tokens, told["lengths"], ratio)
+            ratio = f"{_speed(rounds) / _speed(found[against]):.2f} x {against}"
+        last = rounds[-1].lengths
+        spread = f"{min(last)} to {max(last)}, mean {statistics.mean(last):.0f}"
+        row = (name, f"{_speed(rounds):.0f}", f"{seconds:.1f}", str(sum(last)), spread, ratio)
         table.add_row(*row)
     console.print(table)
     return 0
 
 
-def _speed(found: dict[str, Any]) -> float:
-    speed: float = statistics.median(tokens / s for s, tokens in found["rounds"])
-    return speed
+def _speed(rounds: list[Round]) -> float:
+    return statistics.median(r.speed for r in rounds)
 
 
-def _found(name: str, job: Job) -> dict[str, Any]:
-    """What a contender measured, in a process of its own; it may print what it likes."""
+def _found(name: str, job: Job, number: int) -> Round:
+    """What a contender measures, in a process of its own; it may print what it likes."""
     with tempfile.TemporaryDirectory(prefix="ppo_dist-bench-") as folder:
         out = Path(folder) / "found.json"
         module, work = "ppo_dist.study.bench", json.dumps(asdict(job))
         environment = {**os.environ, "OMP_NUM_THREADS": str(job.threads), "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, "-m", module, name, work, str(out)]
+        command = [sys.executable, "-m", module, name, work, str(number), str(out)]
         subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
-        found: dict[str, Any] = json.loads(out.read_text())
-    return found
+        return Round(**json.loads(out.read_text()))
 
 
 def _prompts(job: Job, vocabulary: int) -> list[Prompt]:
@@ -138,7 +155,7 @@ def _hf(job: Job) -> Run:
     lm = load_policy(job.model, DTYPES[job.dtype])
     stops = frozenset(_stops(job, lm.config.vocab_size))
     made = HfEngine(lm, _tokenizer(job), stops, where, job.slots)
-    return lambda number: _lengths(made, job, lm.config.vocab_size, number)
+    return lambda job, number: _lengths(made, job, lm.config.vocab_size, number)
 
 
 def _vllm(job: Job) -> Run:
@@ -148,7 +165,7 @@ def _vllm(job: Job) -> Run:
     vocabulary = _vocabulary(job)
     stops = frozenset(_stops(job, vocabulary))
     made = vllm.VllmEngine(llm, _tokenizer(job), stops, 2**28, available())
-    return lambda number: _lengths(made, job, vocabulary, number)
+    return lambda job, number: _lengths(made, job, vocabulary, number)
 
 
 def _lengths(made: RolloutEngine, job: Job, vocabulary: int, number: int) -> list[int]:
@@ -167,7 +184,7 @@ def _transformers(job: Job) -> Run:
     vocabulary = _vocabulary(job)
     stops = _stops(job, vocabulary)
 
-    def run(number: int) -> list[int]:
+    def run(job: Job, number: int) -> list[int]:
         torch.manual_seed(number)
         ordered = sorted(_prompts(job, vocabulary), key=lambda p: -len(p.tokens_P))
         lengths: list[int] = []
@@ -205,7 +222,7 @@ def _vllm_alone(job: Job) -> Run:
     vocabulary = _vocabulary(job)
     stops = _stops(job, vocabulary)
 
-    def run(number: int) -> list[int]:
+    def run(job: Job, number: int) -> list[int]:
         chunk = _chunk(job, vocabulary, number)
         prompts = [{"prompt_token_ids": r.prompt.tokens_P.tolist()} for r in chunk.requests]
         seeds = [seed(chunk.sampling, chunk.step, r.prompt.uid, 0) for r in chunk.requests]
@@ -228,17 +245,14 @@ def _tokenizer(job: Job) -> Any:
     return AutoTokenizer.from_pretrained(job.model, trust_remote_code=False)
 
 
-def _main(name: str, job: Job, out: Path) -> None:
+def _main(name: str, job: Job, number: int, out: Path) -> None:
     start = {"transformers": _transformers, "hf": _hf, "vllm": _vllm, "vllm-alone": _vllm_alone}
     run = start[name](job)
-    rounds, lengths = [], []
-    for number in range(job.repeats + 1):
-        begin = time.perf_counter()
-        lengths = run(number)
-        rounds.append((time.perf_counter() - begin, sum(lengths)))
-    spread = f"{min(lengths)} to {max(lengths)}, mean {statistics.mean(lengths):.0f}"
-    out.write_text(json.dumps({"rounds": rounds[1:], "lengths": spread}))
+    run(replace(job, sequences=max(1, job.sequences // 4)), 0)
+    begin = time.perf_counter()
+    lengths = run(job, number)
+    out.write_text(json.dumps(asdict(Round(time.perf_counter() - begin, lengths))))
 
 
 if __name__ == "__main__":
-    _main(sys.argv[1], Job(**json.loads(sys.argv[2])), Path(sys.argv[3]))
+    _main(sys.argv[1], Job(**json.loads(sys.argv[2])), int(sys.argv[3]), Path(sys.argv[4]))
