@@ -37,6 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognised arguments: {' '.join(rest)}")
     if rest:
         arguments.overrides += rest
+    # `--resume key=value`: argparse takes the override for the checkpoint
+    chosen = getattr(arguments, "resume", False)
+    if isinstance(chosen, str) and "=" in chosen and not os.path.exists(chosen):
+        arguments.resume, arguments.overrides = True, [chosen, *arguments.overrides]
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with (
         contextlib.redirect_stdout(cast(TextIO, Redacting(sys.stdout))),

@@ -16,7 +16,7 @@ def train(arguments: argparse.Namespace) -> int:
     config = load(arguments.config, arguments.overrides)
     from rich.console import Console
 
-    console = Console()
+    console = Console(markup=False)
     if arguments.dry_run:
         from ppo_dist.inspect import dry_run
 
@@ -35,7 +35,7 @@ def eval(arguments: argparse.Namespace) -> int:
 
     from ppo_dist.inspect import evaluate
 
-    evaluate(config, arguments.policy, Console())
+    evaluate(config, arguments.policy, Console(markup=False))
     return 0
 
 
@@ -48,7 +48,7 @@ def label_efficiency(arguments: argparse.Namespace) -> int:
 
     from ppo_dist.study import efficiency
 
-    return efficiency.label_efficiency(study, arguments.config, Console())
+    return efficiency.label_efficiency(study, arguments.config, Console(markup=False))
 
 
 def bench_weights(arguments: argparse.Namespace) -> int:
@@ -60,7 +60,7 @@ def bench_weights(arguments: argparse.Namespace) -> int:
     size = bandwidth.Load(
         arguments.megabytes, arguments.workers, arguments.bucket_mb, arguments.repeats
     )
-    return bandwidth.bench_weights(size, arguments.kinds, Console())
+    return bandwidth.bench_weights(size, arguments.kinds, Console(markup=False))
 
 
 def bench(arguments: argparse.Namespace) -> int:
@@ -71,7 +71,7 @@ def bench(arguments: argparse.Namespace) -> int:
 
     keys = Job.__dataclass_fields__
     job = Job(**{key: value for key, value in vars(arguments).items() if key in keys})
-    return bench_rollout(job, arguments.only, Console())
+    return bench_rollout(job, arguments.only, Console(markup=False))
 
 
 def dashboard(arguments: argparse.Namespace) -> int:
@@ -93,7 +93,7 @@ def doctor(arguments: argparse.Namespace) -> int:
 
     from ppo_dist import doctor as looked
 
-    return looked.doctor(config, Console())
+    return looked.doctor(config, Console(markup=False))
 
 
 def export(arguments: argparse.Namespace) -> int:
@@ -112,7 +112,7 @@ def scale(arguments: argparse.Namespace) -> int:
     from ppo_dist.inspect import rescale
 
     wanted = Scale(arguments.rollout_workers, arguments.learners)
-    rescale(arguments.run_folder, wanted, Console())
+    rescale(arguments.run_folder, wanted, Console(markup=False))
     return 0
 
 
@@ -122,7 +122,7 @@ def replay(arguments: argparse.Namespace) -> int:
 
     from ppo_dist import inspect
 
-    inspect.replay(arguments.update, Console())
+    inspect.replay(arguments.update, Console(markup=False))
     return 0
 
 

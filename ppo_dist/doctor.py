@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from ppo_dist import device
 from ppo_dist.build.workers import before_ray
@@ -50,8 +51,9 @@ def look(folder: str, token: str) -> dict[str, Any]:
     """What a machine tells of itself; pure data, since it may be another machine's. `token` is a
     file in `folder` that whoever asks has just made.
     """
-    path = Path(folder)
-    sees = (path / token).is_file()
+    path, sees = Path(folder), False
+    with contextlib.suppress(OSError):  # below a folder that this user may not look into
+        sees = (path / token).is_file()
     return {
         "time": time.time(),
         "versions": {name: _version(name) for name in PACKAGES},
@@ -81,11 +83,12 @@ def doctor(config: Config | None, console: Console) -> int:
         if config is not None and config.cluster.kind == "ray":
             verdicts += _of_cluster(config, str(folder), token)
     finally:
-        (folder / token).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            (folder / token).unlink(missing_ok=True)
     table = Table("", "verdict", "found", "what to do")
     for verdict in verdicts:
-        colour = COLOURS[verdict.level]
-        table.add_row(verdict.what, f"[{colour}]{verdict.level}[/]", verdict.found, verdict.fix)
+        level = Text(verdict.level, COLOURS[verdict.level])
+        table.add_row(verdict.what, level, verdict.found, verdict.fix)
     console.print(table)
     return int(any(verdict.level == "wrong" for verdict in verdicts))
 
@@ -115,6 +118,8 @@ def _disk(found: dict[str, Any]) -> Verdict:
         fix = "run.dir must be on storage that all nodes share"
         return Verdict("run folder", "wrong", "not there, or not writable", fix)
     words = f"{found['free_gb']:.0f} GB free, {found['disk_mb_s']:.0f} MB/s written"
+    if found["disk_mb_s"] == 0:
+        return Verdict("run folder", "wrong", "nothing can be written", "its rights, or its quota")
     if found["free_gb"] < DISK_LITTLE_GB:
         fix = "a checkpoint has 12 bytes a parameter of each trained model, or more"
         return Verdict("run folder", "warning", words, fix)
@@ -206,23 +211,23 @@ def clock(name: str, there: float, asked: float, answered: float) -> Verdict:
 
 
 def _round_trips(those: Sequence[Any]) -> Iterator[Verdict]:
-    """A collective sum over all nodes: by gloo, and by NCCL where all have GPUs."""
+    """A collective sum over all nodes by gloo, and over those that have GPUs by NCCL."""
     from ppo_dist.cluster.network import round_trip
     from ppo_dist.cluster.survey import ask, free_gpus
 
-    kinds: list[device.DeviceKind] = ["cpu"]
-    if all(host.gpus for host in those):
-        if free_gpus() == sum(host.gpus for host in those):
-            kinds.append("cuda")
+    groups: list[tuple[device.DeviceKind, Sequence[Any]]] = [("cpu", those)]
+    if gpus := sum(host.gpus for host in those):
+        if free_gpus() == gpus:
+            groups.append(("cuda", [host for host in those if host.gpus]))
         else:
             yield Verdict("nccl", "warning", "not tried: GPUs are in use", "ask again later")
-    for kind in kinds:
-        what = f"{device.backend(kind)} between {len(those)} node(s)"
-        answers = ask(_free_port, those[:1], [()], ROUND_TRIP_S)
+    for kind, members in groups:
+        what = f"{device.backend(kind)} between {len(members)} node(s)"
+        answers = ask(_free_port, members[:1], [()], ROUND_TRIP_S)
         if answers[0].problem is None:
-            at = (those[0].address, answers[0].value, ROUND_TRIP_BYTES, ROUND_TRIP_S)
-            arguments = [(kind, rank, len(those), *at) for rank in range(len(those))]
-            answers = ask(round_trip, those, arguments, 2 * ROUND_TRIP_S, kind == "cuda")
+            at = (members[0].address, answers[0].value, ROUND_TRIP_BYTES, ROUND_TRIP_S)
+            arguments = [(kind, rank, len(members), *at) for rank in range(len(members))]
+            answers = ask(round_trip, members, arguments, 2 * ROUND_TRIP_S, kind == "cuda")
         problems = [f"{a.host.address}: {a.problem}" for a in answers if a.problem is not None]
         if problems:
             names = "GLOO_SOCKET_IFNAME" if kind == "cpu" else "NCCL_SOCKET_IFNAME, NCCL_DEBUG=INFO"
@@ -255,7 +260,9 @@ def _pinned() -> dict[str, str]:
 
 def _disk_speed(folder: Path) -> float:
     """Megabytes a second that get onto the disk; 0 if it takes nothing."""
-    path, block = folder / f".doctor-speed-{os.getpid()}", os.urandom(2**20)
+    # processes of two containers may have the same number
+    path = folder / f".doctor-speed-{socket.gethostname()}-{os.getpid()}"
+    block = os.urandom(2**20)
     try:
         begin = time.perf_counter()
         with path.open("wb") as file:
@@ -264,7 +271,8 @@ def _disk_speed(folder: Path) -> float:
             file.flush()
             os.fsync(file.fileno())
         return DISK_MB / (time.perf_counter() - begin)
-    except OSError:  # full
+    except OSError:  # full, or not to be written to
         return 0.0
     finally:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)

@@ -93,9 +93,8 @@ def dry_run(config: Config, console: Console) -> None:
             _show_prompt(console, origin, encoded.prompts[origin][0])
     if encoded.examples:
         sequence = supervised(encoded.examples[0])
-        console.print(
-            "\n[bold]a labelled example as a training sequence[/] (the supervised loss is on ●)"
-        )
+        title = "\na labelled example as a training sequence (the supervised loss is on ●)"
+        console.print(title, style="bold")
         weights = [0.0] * sequence.prompt_tokens + sequence.ce_weight_R.tolist()
         marks = Table("token", "text", "loss", show_lines=False)
         for token, weight in zip(sequence.tokens_T.tolist(), weights, strict=True):
@@ -105,9 +104,8 @@ def dry_run(config: Config, console: Console) -> None:
 
 
 def _show_prompt(console: Console, origin: str, prompt: Prompt) -> None:
-    console.print(
-        f"\n[bold]a prompt of origin {origin}[/] ({prompt.uid}, {len(prompt.tokens_P)} tokens)"
-    )
+    title = f"\na prompt of origin {origin} ({prompt.uid}, {len(prompt.tokens_P)} tokens)"
+    console.print(title, style="bold")
     console.print(prompt.text, markup=False, highlight=False)
     seen = prompt.answer if prompt.answer is not None else "none"
     console.print(f"answer that the reward compares with: {seen}", markup=False, highlight=False)

@@ -195,14 +195,20 @@ def _tracker(config: Config, folder: Path, start: Start, console: Console) -> Tr
     if config.tracking.progress:
         trackers.append(Terminal(console, config.train.steps, step))
     if config.tracking.wandb != "off":
-        from ppo_dist.tracking.wandb import Wandb
+        from ppo_dist.tracking.wandb import Wandb, has_key
 
-        trackers.append(
-            Losable(
-                Wandb(config, folder, resumed),
-                lambda error: record_event(folder, "wandb_lost", reason=repr(error)),
+        if config.tracking.wandb == "online" and not has_key():
+            raise InputError(
+                "tracking.wandb online: there is no key: set WANDB_API_KEY, run `wandb login`, or "
+                "choose offline"
             )
-        )
+
+        def lost(error: Exception) -> None:
+            record_event(folder, "wandb_lost", reason=repr(error))
+            text = f"the run goes on without it: {error}"
+            Several(trackers).alert(step, "W&B is lost", text)
+
+        trackers.append(Losable(lambda: Wandb(config, folder, resumed), lost))
     return Several(trackers)
 
 

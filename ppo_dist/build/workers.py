@@ -55,11 +55,10 @@ def cluster(config: Config) -> Iterator[None]:
         yield
         return
     before_ray(config.cluster)
-    from ppo_dist.cluster.layout import layout
-    from ppo_dist.cluster.session import nodes, session
+    from ppo_dist.cluster.session import fitting, session
 
     with session(config.cluster):
-        layout(config, nodes())
+        fitting(config)
         yield
 
 
@@ -100,11 +99,10 @@ def connected(
         InputError: the cluster has no room for them, or weights do not get from one to the other.
     """
     from ppo_dist.cluster.groups import RayRanks
-    from ppo_dist.cluster.layout import layout
     from ppo_dist.cluster.pool import Crew, RemoteWorker
-    from ppo_dist.cluster.session import nodes, reserved
+    from ppo_dist.cluster.session import fitting, reserved
 
-    with reserved(config, layout(config, nodes())) as (of_learners, of_rollouts, of_judges):
+    with reserved(config, fitting(config)) as (of_learners, of_rollouts, of_judges):
         ranks = RayRanks(config, of_learners, transports.sender(config, of_learners.device))
         receiver = transports.receiver(config, of_rollouts.device, *ranks.sends_from)
         make_engine = engine(config, model_path, of_rollouts.device)
@@ -133,10 +131,9 @@ def learners(config: Config, model_path: str, resume: Path | None) -> Iterator[L
         yield _group(config, InProcess(worker))
         return
     from ppo_dist.cluster.groups import RayRanks
-    from ppo_dist.cluster.layout import layout
-    from ppo_dist.cluster.session import nodes, reserved
+    from ppo_dist.cluster.session import fitting, reserved
 
-    with reserved(config, layout(config, nodes(), has_rollouts=False)) as (places, *_):
+    with reserved(config, fitting(config, has_rollouts=False)) as (places, *_):
         ranks = RayRanks(config, places, transports.sender(config, places.device))
         ranks.start(model_path, resume)
         yield _group(config, ranks)
@@ -165,13 +162,11 @@ def rollout_pool(config: Config, model_path: str) -> Iterator[tuple[RolloutPool,
         ) as own:
             yield own, _local_rewards(config, model_path, kind)
         return
-    from ppo_dist.cluster.layout import layout
     from ppo_dist.cluster.pool import Crew, RemoteWorker
-    from ppo_dist.cluster.session import nodes, reserved
+    from ppo_dist.cluster.session import fitting, reserved
     from ppo_dist.transport.store import StoreReceiver
 
-    wanted = layout(config, nodes(), has_learners=False)
-    with reserved(config, wanted) as (_, places, of_judges):
+    with reserved(config, fitting(config, has_learners=False)) as (_, places, of_judges):
         make_engine = engine(config, model_path, places.device)
         crew = Crew(config, places, make_engine, StoreReceiver)
         remote = [RemoteWorker(crew, slot) for slot in places.slots]

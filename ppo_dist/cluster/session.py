@@ -20,7 +20,7 @@ from ray.util.placement_group import (
     remove_placement_group,
 )
 
-from ppo_dist.cluster.layout import Layout, Node, Slot, bundle_of, difference
+from ppo_dist.cluster.layout import Layout, Node, Slot, bundle_of, difference, layout
 from ppo_dist.config import Config, InputError
 from ppo_dist.config.workers import Cluster
 from ppo_dist.device import DeviceKind
@@ -63,8 +63,7 @@ def session(cluster: Cluster) -> Iterator[None]:
         yield
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
-    address = cluster.address or os.environ.get("RAY_ADDRESS")
-    if address:
+    if address := joins(cluster):
         try:
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
         except (AuthenticationError, ConnectionError, ValueError, RuntimeError) as error:
@@ -90,6 +89,28 @@ def nodes() -> list[Node]:
     """Of the cluster that is connected."""
     found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return [Node(has.get("CPU", 0.0), has.get("GPU", 0.0)) for has in found]
+
+
+def fitting(config: Config, has_learners: bool = True, has_rollouts: bool = True) -> Layout:
+    """The layout in the cluster that is connected. One that was joined may lack nodes that are
+    still to come: they have `cluster.wait_s`.
+
+    Raises:
+        InputError: it is too small, see `layout`.
+    """
+    cluster, begin = config.cluster, time.monotonic()
+    while True:
+        try:
+            return layout(config, nodes(), has_learners, has_rollouts)
+        except InputError:
+            if not joins(cluster) or time.monotonic() - begin > cluster.wait_s:
+                raise
+        time.sleep(0.5)
+
+
+def joins(cluster: Cluster) -> str | None:
+    """The address of the cluster that a run joins; None if it starts its own."""
+    return cluster.address or os.environ.get("RAY_ADDRESS")
 
 
 @contextlib.contextmanager

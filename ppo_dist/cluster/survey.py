@@ -67,7 +67,9 @@ def ask(
     for host, own in zip(those, arguments, strict=True):
         strategy = NodeAffinitySchedulingStrategy(host.id, soft=False)
         gpus = int(with_gpu and host.gpus > 0)
-        task = ray.remote(num_cpus=0, num_gpus=gpus, scheduling_strategy=strategy)(question)
+        task = ray.remote(num_cpus=0, num_gpus=gpus, max_retries=0, scheduling_strategy=strategy)(
+            question
+        )
         answers.append(task.remote(*own))
     end, found = time.monotonic() + deadline_s, []
     for host, answer in zip(those, answers, strict=True):

@@ -144,7 +144,6 @@ class Loop:
         """One step, and what is due after it."""
         watch, pool = self._saving, self._parts.pool
         self._saving = Stopwatch()  # what comes after this step's row counts in the next one's
-        pool.vitals()  # what an evaluation took is not the step's
         with watch("step"):
             row, learners = self._step(watch)
             self.state = replace(
@@ -271,6 +270,7 @@ class Loop:
         self._load(watch)
         with watch("evaluate"):
             row, greedy, dropped = evaluator(self.state.version)
+        self._parts.pool.vitals()  # what an evaluation took is not the next step's
         self.watch.dropped(self.state.step, dropped)
         samples = [sample(s) for s in greedy[: self._config.tracking.samples]]
         self._parts.tracker.table(self.state.step, samples)

@@ -53,7 +53,8 @@ class Terminal:
 
     def alert(self, step: int, title: str, text: str) -> None:
         """See Tracker."""
-        self._console.print(f"step {step}: {title}; {text}", style="yellow", soft_wrap=True)
+        text = f"step {step}: {title}; {text}"
+        self._console.print(text, style="yellow", markup=False, soft_wrap=True)
 
     def close(self) -> None:
         """See Tracker."""
@@ -142,8 +143,11 @@ class Losable:
     process, for one, ends at the signal that stops a Ray job, before the run has its checkpoint.
     """
 
-    def __init__(self, tracker: Any, tell: Callable[[Exception], None]) -> None:
-        self._tracker, self._tell, self._is_lost = tracker, tell, False
+    def __init__(self, make: Callable[[], Any], tell: Callable[[Exception], None]) -> None:
+        """`make` makes the other one, which may fail as well."""
+        self._tracker: Any = None
+        self._tell, self._is_lost = tell, False
+        self._try(lambda: setattr(self, "_tracker", make()))
 
     def log(self, step: int, metrics: Mapping[str, float | None]) -> None:
         """See Tracker."""
@@ -159,7 +163,7 @@ class Losable:
 
     def close(self) -> None:
         """See Tracker."""
-        self._try(self._tracker.close)
+        self._try(lambda: self._tracker.close())
 
     def _try(self, action: Callable[[], None]) -> None:
         if self._is_lost:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import wandb
+from wandb.sdk.lib.wbauth import read_netrc_auth
 
 from ppo_dist.config import Config
 from ppo_dist.config.redact import redacted, redacted_in
@@ -124,11 +125,15 @@ def server() -> tuple[str, int] | None:
     """Host and port of the server that runs are sent to; None without a key."""
     if not has_key():
         return None
+    parts = urlsplit(str(_settings().base_url))
+    return parts.hostname or "", parts.port or (80 if parts.scheme == "http" else 443)
+
+
+def _settings() -> wandb.Settings:
     settings = wandb.Settings(silent=True)
     settings.update_from_system_settings()
     settings.update_from_env_vars(os.environ)
-    parts = urlsplit(settings.base_url)
-    return parts.hostname or "", parts.port or (80 if parts.scheme == "http" else 443)
+    return settings
 
 
 def log_study(study: Study, folder: Path, rows: Sequence[Mapping[str, Any]], image: Path) -> None:
@@ -160,8 +165,10 @@ def _mode(asked: WandbMode) -> Literal["online", "offline"]:
 
 
 def has_key() -> bool:
-    """Whether this user can log in without being asked."""
+    """Whether this user can log in at W&B's server without being asked."""
     if os.environ.get("WANDB_API_KEY"):
         return True
-    netrc = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
-    return netrc.exists() and "wandb" in netrc.read_text(errors="replace")
+    try:
+        return read_netrc_auth(host=str(_settings().base_url)) is not None
+    except wandb.errors.AuthenticationError:  # what stands there is no key
+        return False

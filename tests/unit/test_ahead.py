@@ -185,6 +185,22 @@ class SleepyLearners(FakeLearners):
         )
 
 
+def test_rollouts_that_a_checkpoint_waited_for_count_in_their_step(tmp_path: Path) -> None:
+    pool = Pool([SleepyWorker(0.01)], keep=3)
+    rig = Rig(
+        tmp_path,
+        pool=pool,
+        rollout={"chunk": 100},
+        stream={"max_lag": 1},
+        train={"steps": 4, "checkpoint_every": 1},
+        eval={"every": 0},
+    )
+    rig.loop.run()
+    pool.close()
+    took = [row["system/rollout-0/busy_s"] for row in rig.tracker.rows if row["step"]]
+    assert took == pytest.approx([0.01, 0.01, 0.01, 0.01])
+
+
 def test_a_lag_of_one_nearly_halves_a_step_whose_two_halves_are_equal(tmp_path: Path) -> None:
     seconds = 0.1
     rows = {}

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from ppo_dist.config import Config
 from ppo_dist.doctor import _pinned, clock, doctor, judged, look, ports_verdict, wandb_verdict
+from ppo_dist.tracking.wandb import has_key
 from tests.conftest import raw_config
 
 
@@ -47,6 +48,7 @@ FINE = {
         ({"sees_folder": False}, "run folder", "wrong"),
         ({"free_gb": 3.0}, "run folder", "warning"),
         ({"disk_mb_s": 8.0}, "run folder", "warning"),
+        ({"disk_mb_s": 0.0}, "run folder", "wrong"),
     ],
 )
 def test_each_fault_has_its_fix(change: dict[str, Any], what: str | None, level: str) -> None:
@@ -81,6 +83,16 @@ def test_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert wandb_verdict(of(tmp_path, "off")).level == "ok"
     assert wandb_verdict(of(tmp_path, "auto")).found == "no key: offline"
     assert wandb_verdict(of(tmp_path, "online")).level == "wrong"
+    login = "machine {} login user password " + "0" * 40 + "\n"
+    (tmp_path / "netrc").write_text(login.format("api.wandb.ai"))
+    assert has_key()
+    monkeypatch.setenv("WANDB_BASE_URL", "https://ml.example.com")
+    assert not has_key(), "that of another server is none"
+    (tmp_path / "netrc").write_text(login.format("ml.example.com"))
+    assert has_key()
+    (tmp_path / "netrc").write_text("machine ml.example.com login user password wandb\n")
+    assert not has_key(), "that is none"
+    monkeypatch.delenv("WANDB_BASE_URL")
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]

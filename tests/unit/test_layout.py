@@ -77,6 +77,29 @@ def test_a_small_cluster_is_told_what_lacks(tmp_path: Path) -> None:
         layout(wide, nodes)
 
 
+def test_a_cluster_that_is_joined_may_still_grow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ppo_dist.cluster import session
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    looked: list[int] = []
+
+    def nodes() -> list[Node]:
+        looked.append(1)
+        return [Node(2.0 * len(looked), 0.0)]
+
+    monkeypatch.setattr(session, "nodes", nodes)
+    there: dict[str, Any] = {"address": "10.0.0.5:6379"}
+    session.fitting(config(tmp_path, 1, 1, cluster=there))
+    assert len(looked) == 3
+    for cluster, times in ((there | {"wait_s": 0}, 2), ({}, 1)):
+        looked.clear()
+        with pytest.raises(InputError, match="too small"):
+            session.fitting(config(tmp_path, 1, 9, cluster=cluster))
+        assert len(looked) <= times
+
+
 def test_a_difference_in_words() -> None:
     assert difference([{"CPU": 2.0, "GPU": 1.0}], {"CPU": 2.0, "GPU": 1.0}) == ""
     assert difference([{"CPU": 2.0}] * 2, {"CPU": 3.0}) == "4 CPUs asked for, 3 found"

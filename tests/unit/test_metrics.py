@@ -383,8 +383,29 @@ def test_a_tracker_that_is_lost_is_done_without() -> None:
 
     told: list[str] = []
     breaking = Breaking()
-    tracker = Losable(breaking, lambda error: told.append(str(error)))
+    tracker = Losable(lambda: breaking, lambda error: told.append(str(error)))
     for step in range(3):
         tracker.log(step, {"a": 2.0})
     tracker.close()
     assert told == ["gone"] and breaking.calls == 2
+
+
+def test_a_tracker_that_cannot_be_made_is_done_without() -> None:
+    def make() -> None:
+        raise ConnectionError("no route")
+
+    told: list[str] = []
+    tracker = Losable(make, lambda error: told.append(str(error)))
+    tracker.log(0, {"a": 2.0})
+    tracker.close()
+    assert told == ["no route"]
+
+
+def test_an_alert_is_shown_as_it_is() -> None:
+    """What an error says may look like markup."""
+    shown = io.StringIO()
+    terminal = Terminal(Console(file=shown, width=200), 3, 0)
+    terminal.alert(2, "learners were lost", "[/__w/pytorch/pair.cc:534] [red]closed")
+    assert (
+        shown.getvalue() == "step 2: learners were lost; [/__w/pytorch/pair.cc:534] [red]closed\n"
+    )
