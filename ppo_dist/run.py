@@ -19,7 +19,7 @@ from ppo_dist.config import Config, InputError, RunError
 from ppo_dist.config.load import dump, read_yaml
 from ppo_dist.coordinator.loop import Loop, Outcome
 from ppo_dist.coordinator.scale import SCALE
-from ppo_dist.coordinator.state import Checkpoints, RunState, read_state
+from ppo_dist.coordinator.state import CHECKPOINTS, Checkpoints, RunState, read_state
 from ppo_dist.journey import encode
 from ppo_dist.learner import shards
 from ppo_dist.lock import only_run
@@ -68,7 +68,8 @@ def train(config: Config, resume: bool | Path, console: Console) -> int:
 
 def _train(config: Config, rows: build.Rows, resume: bool | Path, console: Console) -> int:
     folder = Path(config.run.dir)
-    files.tidy(folder)
+    for parent in (folder, folder / CHECKPOINTS):
+        files.tidy(parent)
     (folder / SCALE).unlink(missing_ok=True)  # an earlier process was asked for it
     start = _starting_point(config, folder, resume, console)
     files.write_text(folder / CONFIG, dump(config))

@@ -13,6 +13,7 @@ from ppo_dist import files
 from ppo_dist.config.base import InputError
 
 STATE = "state.json"
+CHECKPOINTS = "checkpoints"  # in a run folder
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Checkpoints:
     """The checkpoints of a run folder: `checkpoints/step-00000010/`."""
 
     def __init__(self, run: Path, keep: int) -> None:
-        self._folder = run / "checkpoints"
+        self._folder = run / CHECKPOINTS
         self._keep = keep
 
     def write(self, state: RunState, parts: dict[str, Any], save: Callable[[Path], None]) -> Path:

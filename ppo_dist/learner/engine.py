@@ -154,6 +154,8 @@ class ZeroEngine:
 
         DeepSpeed's own `offload_states` does that under ZeRO-3 for its FusedAdam alone.
         """
+        if self._asleep:  # where they belong would be forgotten
+            return
         states = [value for state in self._state.values() for value in state.values()]
         self._asleep = [
             (t, t.device) for t in (*self._masters, *states) if isinstance(t, torch.Tensor)

@@ -46,10 +46,15 @@ def load_policy(path: str, dtype: torch.dtype, trust_remote_code: bool = False) 
 
 
 def without_dropout(module: nn.Module) -> None:
-    """Sets every dropout to 0: the ratio of new and old probabilities would be noise otherwise."""
+    """Sets every dropout to 0: the ratio of new and old probabilities would be noise otherwise.
+    Some models keep it as a number, and call torch's function with it.
+    """
     for part in module.modules():
         if isinstance(part, nn.Dropout):
             part.p = 0.0
+        for name, value in vars(part).items():
+            if isinstance(value, float) and ("dropout" in name or name == "layerdrop"):
+                setattr(part, name, 0.0)
 
 
 def stop_tokens(path: str, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

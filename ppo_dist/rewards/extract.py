@@ -13,7 +13,8 @@ from ppo_dist.rewards.user import load_function
 
 LATEX = re.compile(r"[\\^_{}()\[\]=<>]")
 MARKED = re.compile(r"\$|\\boxed")
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
+PROSE = re.compile(r"[^\W\d_]{3}")  # a word
+NUMBER = re.compile(r"-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+)?")
 PATIENCE_S = 5
 T = TypeVar("T")
 
@@ -85,7 +86,9 @@ def is_same_mathematics(text: str, answer: str) -> bool:
     from math_verify import parse, verify
 
     limit = _patience_s()
-    gold = [] if LATEX.search(answer) else parse(answer, parsing_timeout=limit)
+    # of prose math-verify takes the last number
+    is_prose = PROSE.search(answer) and not LATEX.search(answer)
+    gold = parse(answer, parsing_timeout=limit) if is_prose else []
     if not gold:
         marked = answer if MARKED.search(answer) else f"\\boxed{{{answer}}}"
         gold = parse(marked, parsing_timeout=limit)

@@ -74,6 +74,13 @@ class Life:
             return replace(self, versions=versions)
         return self._become("healthy", versions)
 
+    def taken(self, version: int) -> Life:
+        """Before it generates with a version: loading it drops those that are older, and one that
+        must be given to it anew takes the place of all.
+        """
+        stay = {v for v in self.versions if v >= version} if self.serves(version) else set()
+        return replace(self, versions=frozenset(stay))
+
     def started(self) -> Life:
         """After its engine came up: it serves what it has received meanwhile, if anything."""
         return self._become("healthy" if self.versions else "stale", self.versions)

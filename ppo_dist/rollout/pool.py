@@ -175,7 +175,7 @@ class Pool:
         ]
         if idle:
             member = min(idle, key=lambda m: (not m.life.serves(version), m.turn))
-            member.turn = 0
+            member.turn, member.life = 0, member.life.taken(version)
             return member, member.life
         will_have = can_be_given or self._starts_with(version)
         if not will_have and not any(version in member.life.versions for member in left):

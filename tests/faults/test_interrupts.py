@@ -103,7 +103,8 @@ DEATHS: dict[str, tuple[str, str | None, str, int, bool]] = {
     "within the shards": ("ppo_dist.learner.engine", "ZeroEngine", "save", 4, True),
     "before the manifest": ("ppo_dist.files", None, "_seal", 2, False),
     "before its name": ("ppo_dist.files", None, "_seal", 2, True),
-    "within a removal": ("ppo_dist.files", None, "remove", 1, False),
+    "before a removal": ("ppo_dist.files", None, "remove", 1, False),
+    "within a removal": ("shutil", None, "rmtree", 2, False),
     "before the row": ("ppo_dist.tracking.local", "JsonLines", "log", 3, False),
     "in the final policy": ("ppo_dist.run", None, "_finish", 1, False),
 }

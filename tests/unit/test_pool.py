@@ -38,6 +38,7 @@ class Fragile:
 
     def __init__(self) -> None:
         self.received: set[int] = {0}
+        self.loaded = 0  # loading it drops older ones, and another in its place drops it
         self.refuses: set[int] = set()
         self.crashes = 0
         self.wrong: list[int] = []
@@ -55,7 +56,7 @@ class Fragile:
         self.starts.append(anew)
         self.opens.wait(10)
         if anew:
-            self.received = {0}
+            self.received, self.loaded = {0}, 0
 
     def receive(self, weights: Weights) -> None:
         if weights.version in self.refuses:
@@ -77,6 +78,9 @@ class Fragile:
             self.crashes -= 1
             raise WorkerError("crashed", is_lost=True)
         self.served.append(chunk.version)
+        newer = {version for version in self.received if version > chunk.version}
+        self.received = {chunk.version, *(newer - {self.loaded})}
+        self.loaded = chunk.version
         engine = FakeEngine()
         engine.version = chunk.version
         return engine.generate(chunk), Vitals(0.5, 1.0, 2.0, 3)
@@ -173,6 +177,28 @@ def test_a_crashed_worker_is_replaced_and_its_chunk_done_again() -> None:
     assert [event["event"] for event in events] == [FAILED, RESTARTED]
     assert events[0]["reason"] == "crashed" and events[0]["version"] == 1
     assert events[1]["state"] == "healthy" and 0 <= events[1]["seconds"] < 10
+
+
+def test_those_that_have_loaded_a_newer_version_are_given_an_older_one_again() -> None:
+    made, workers, events = pool(3, keep=3)
+    assert made.load(Weights(1, ()))
+    gates = [threading.Event() for _ in workers]
+    for worker, gate in zip(workers, gates, strict=True):
+        worker.gate = gate
+    first = made.submit(work(1)[:1])
+    eventually(lambda: any(worker.asked.is_set() for worker in workers))
+    (late,) = [n for n, worker in enumerate(workers) if worker.asked.is_set()]
+    assert made.load(Weights(2, ()))
+    for n, gate in enumerate(gates):
+        if n != late:
+            gate.set()
+    assert uids(made.collect(made.submit(work(2)))) == wanted(2)
+    workers[late].crashes = 1
+    gates[late].set()
+    made.collect(first)
+    assert uids(made.collect(made.submit(work(2)))) == wanted(2)
+    assert [worker.wrong for worker in workers] == [[], [], []]
+    assert [event["event"] for event in events].count(FAILED) == 1
 
 
 def test_a_chunk_that_always_fails_ends_it() -> None:

@@ -57,6 +57,7 @@ def rollout(
         ("5 apples, 7", "5 apples, 7", "5 apples, 7", "7", None),
         ("A:", "A:", "A:", None, None),
         ("it is -.5", "it is -.5", "it is -.5", "-.5", None),
+        ("3.2e8 or 1e-05", "3.2e8 or 1e-05", "3.2e8 or 1e-05", "1e-05", None),
     ],
 )
 def test_extractors(
@@ -278,6 +279,14 @@ def test_a_weighted_sum_of_full_marks_is_full_marks() -> None:
         (r"\text{even}", r"\boxed{\text{even}}", r"\boxed{\text{odd}}"),
         ("$5$", "it is $5$", "$6$"),
         ("12 dollars", r"\boxed{12}", r"\boxed{13}"),
+        ("-2, 1", r"\boxed{-2, 1}", r"\boxed{1}"),
+        ("2x+3", r"\boxed{2x+3}", r"\boxed{2}"),
+        ("5x", r"\boxed{5x}", r"\boxed{5}"),
+        ("3+4i", r"\boxed{3+4i}", r"\boxed{3}"),
+        ("x + 3", r"\boxed{x + 3}", r"\boxed{3}"),
+        ("50%", r"\boxed{50\%}", r"\boxed{5}"),
+        ("-3", r"\boxed{-3}", r"\boxed{3}"),
+        ("Paris", r"\boxed{Paris}", r"\boxed{Rome}"),
     ],
 )
 def test_mathematics(answer: str, right: str, wrong: str) -> None:
