@@ -4,6 +4,7 @@ together.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from functools import reduce
 from pathlib import Path
@@ -11,7 +12,9 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
+from ppo_dist.config import RunError
 from ppo_dist.data.batching import count_tokens, shares
+from ppo_dist.learner.roles import LAST_FILE
 from ppo_dist.learner.worker import Asked, LearnerWorker, UpdateShard
 from ppo_dist.reports import Coefficients, StepReport, TermSums, UpdateReport
 from ppo_dist.tracking.metrics import mean
@@ -24,6 +27,7 @@ from ppo_dist.types import (
 )
 
 R = TypeVar("R")
+SEEN_WITHIN_S = 60.0  # what another machine wrote to a network disk
 
 
 class Ranks(Protocol):
@@ -98,6 +102,7 @@ class Learners:
         """See LearnerGroup."""
         if checkpoint is not None:
             self._ranks.call(LearnerWorker.save_checkpoint, [(checkpoint,)] * self._ranks.world)
+            _await_all(checkpoint, self._ranks.world)
         if policy is not None:
             self._ranks.call(LearnerWorker.save_policy, [(policy,)] * self._ranks.world)
 
@@ -148,3 +153,19 @@ def _merged(of_ranks: Sequence[UpdateReport]) -> UpdateReport:
     sums = reduce(TermSums.__add__, (report.sums for report in of_ranks))
     first = of_ranks[0]
     return UpdateReport(first.counts, sums, first.grad_norm, first.critic_grad_norm)
+
+
+def _await_all(checkpoint: Path, world: int) -> None:
+    """Until every rank's files are to be seen here.
+
+    Raises:
+        RunError: some are not.
+    """
+    end = time.monotonic() + SEEN_WITHIN_S
+    while missing := [r for r in range(world) if not (checkpoint / LAST_FILE.format(r)).exists()]:
+        if time.monotonic() > end:
+            raise RunError(
+                f"{checkpoint}: the files of {len(missing)} of {world} learners are not there: "
+                "run.dir must be on storage that all nodes share"
+            )
+        time.sleep(0.5)

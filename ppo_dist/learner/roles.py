@@ -22,6 +22,7 @@ from ppo_dist.models.lora import adapters_off, add_adapters, merged
 from ppo_dist.models.policy import PolicyModel, PolicyOutput, load_policy
 
 MEGABYTE = 2**20
+LAST_FILE = "random-{}.safetensors"  # that a rank writes into a checkpoint
 REINFORCED = "reinforced"  # in a checkpoint: the reference is fixed, and is not to be reset again
 
 
@@ -85,7 +86,7 @@ class Roles:
             shutil.copytree(
                 self._reference_folder, folder / "reference", copy_function=files.link_or_copy
             )
-        save_file({"state": torch.get_rng_state()}, folder / f"random-{self._rank}.safetensors")
+        save_file({"state": torch.get_rng_state()}, folder / LAST_FILE.format(self._rank))
         barrier()
 
     def sleep(self) -> None:
@@ -179,7 +180,7 @@ class Roles:
         """
         is_same = shards.ranks(folder / "policy") == torch.distributed.get_world_size()
         rank = self._rank if is_same else 0
-        torch.set_rng_state(load_file(folder / f"random-{rank}.safetensors")["state"])
+        torch.set_rng_state(load_file(folder / LAST_FILE.format(rank))["state"])
         if not is_same:
             torch.manual_seed(int(torch.randint(2**62, ())) + self._rank)
 

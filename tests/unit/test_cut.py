@@ -14,8 +14,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ppo_dist.config import RunError
 from ppo_dist.config.algorithm import Algorithm
 from ppo_dist.data.batching import pack
+from ppo_dist.learner import group
 from ppo_dist.learner.group import Learners
 from ppo_dist.learner.losses import Tensors, policy_loss, value_loss
 from ppo_dist.learner.worker import LearnerWorker, UpdateShard
@@ -203,3 +205,21 @@ def test_what_teaches_nothing_is_not_computed_and_changes_nothing(
     assert tokens([*idle, *work], nearly) > tokens(work, nearly)
     none, _ = gradient(str(tiny_model), idle, world, 40, silent)  # and still is an update
     assert not any(p.any() for p in none) and tokens(idle, silent) > 0
+
+
+def test_a_checkpoint_that_lacks_a_rank_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class OnDisksOfTheirOwn:
+        world = 3
+
+        def call(self, method: Any, args: Any) -> list[None]:
+            (tmp_path / "random-1.safetensors").touch()
+            return [None] * 3
+
+    monkeypatch.setattr(group, "SEEN_WITHIN_S", 0.1)
+    with pytest.raises(RunError, match="the files of 2 of 3 learners are not there"):
+        Learners(OnDisksOfTheirOwn(), 100).save(checkpoint=tmp_path)
+    for rank in (0, 2):
+        (tmp_path / f"random-{rank}.safetensors").touch()
+    Learners(OnDisksOfTheirOwn(), 100).save(checkpoint=tmp_path)
