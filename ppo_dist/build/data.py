@@ -16,6 +16,7 @@ from ppo_dist.data.partition import parted, refuse_overlap, without_answer
 from ppo_dist.data.sources import Row, read
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+ATTENDING = {"attention", "full_attention", "sliding_attention"}  # transformers' names
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def _check_files(folder: Path, may_run_code: bool) -> None:
         except (SafetensorError, OSError) as error:
             raise InputError(f"{weights}: is damaged: {error}") from None
     try:
-        AutoConfig.from_pretrained(str(folder), trust_remote_code=may_run_code)
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=may_run_code)
     except Exception as error:  # whatever it is, the user must mend the folder
         if "trust_remote_code" in str(error):
             raise InputError(
@@ -122,6 +123,11 @@ def _check_files(folder: Path, may_run_code: bool) -> None:
             ) from None
         reason = " ".join(str(error).split())
         raise InputError(f"{folder}: its config.json cannot be used: {reason}") from None
+    if others := set(getattr(config, "layer_types", None) or ()) - ATTENDING:
+        raise InputError(
+            f"{folder}: has layers of kind {', '.join(sorted(others))}, which would mix sequences "
+            f"that are packed into one row; those of kind {', '.join(sorted(ATTENDING))} do not"
+        )
 
 
 def check_reward_model(path: str) -> None:

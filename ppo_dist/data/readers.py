@@ -4,6 +4,7 @@ as they are, with where they stand.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -158,8 +159,9 @@ def _gym(source: GymSource) -> Iterator[Fields]:
             continue
         seen.add(question)
         fields = {**entry["metadata"], "question": question, "answer": entry["answer"]}
-        plain = json.loads(json.dumps(entry, default=str))
-        yield f"{where}, item {i}", fields, Checker(source.task, source.options, plain)
+        # as it is: verifiers compare with its tuples, which JSON would make lists
+        checker = Checker(source.task, source.options, copy.deepcopy(entry))
+        yield f"{where}, item {i}", fields, checker
         if len(seen) == source.size:
             return
     raise InputError(

@@ -128,6 +128,17 @@ def test_weights_that_are_cut_off_are_refused(tmp_path: Path, model: Path) -> No
             build.check(config(tmp_path, model))
 
 
+def test_layers_that_would_mix_packed_sequences_are_refused(tmp_path: Path, model: Path) -> None:
+    kinds = {
+        "model_type": "lfm2",
+        "num_hidden_layers": 2,
+        "layer_types": ["conv", "full_attention"],
+    }
+    (model / "config.json").write_text(json.dumps(kinds))
+    with pytest.raises(InputError, match="model: has layers of kind conv, which would mix"):
+        build.check(config(tmp_path, model))
+
+
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"model_type": "no such"}', "\0"])
 def test_a_model_config_that_is_none(tmp_path: Path, model: Path, content: str) -> None:
     (model / "config.json").write_text(content)

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ppo_dist.config.data import GymSource
 from ppo_dist.config.reward import GymReward, RegexReward
+from ppo_dist.data.readers import rows_of
 from ppo_dist.rewards.extract import in_time
 from ppo_dist.rewards.gym import EVALUATE_FORMULAS, EVALUATE_LISTS, gym, is_harmless
 from ppo_dist.rewards.rules import Judged, regex
@@ -58,6 +60,16 @@ def rollout(text: str, task: str, entry: dict[str, Any]) -> Rollout:
     prompt = Prompt("v:0", "verifiable", "q", np.ones(1, np.int64), None, Checker(task, {}, entry))
     none = np.zeros(0, np.float32)
     return Rollout(prompt, 0, none.astype(np.int64), none, text, "eos", 0)
+
+
+@pytest.mark.parametrize("task", ["rearc", "spell_backward"])
+def test_a_task_s_own_answer_is_right_as_it_is_read(task: str) -> None:
+    """Verifiers may compare with tuples."""
+    source = GymSource(kind="reasoning_gym", task=task, size=2, split="train")
+    judge = gym(GymReward(kind="reasoning_gym"))
+    for _, fields, checker in rows_of(source):
+        assert checker is not None
+        assert judge(rollout(str(fields["answer"]), task, checker.entry)) == 1.0
 
 
 SLOW = pytest.mark.slow
