@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest:
         arguments.overrides += rest
     # `--resume key=value`: argparse takes the override for the checkpoint
-    chosen = getattr(arguments, "resume", False)
+    chosen = vars(arguments).get("resume")
     if isinstance(chosen, str) and "=" in chosen and not os.path.exists(chosen):
         arguments.resume, arguments.overrides = True, [chosen, *arguments.overrides]
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

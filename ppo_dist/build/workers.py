@@ -35,7 +35,7 @@ def before_ray(cluster: Cluster) -> None:
     loopback (it would take the machine's outer address, where a head of launch/ray_head.sh is not);
     a cluster is shown the token, where there is one.
     """
-    address = cluster.address or os.environ.get("RAY_ADDRESS", "")
+    address = cluster.joins
     kept = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
     if address and (os.environ.get("RAY_AUTH_TOKEN") or kept.is_file()):
         os.environ.setdefault("RAY_AUTH_MODE", "token")

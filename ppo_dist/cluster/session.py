@@ -63,7 +63,7 @@ def session(cluster: Cluster) -> Iterator[None]:
         yield
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
-    if address := joins(cluster):
+    if address := cluster.joins:
         try:
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
         except (AuthenticationError, ConnectionError, ValueError, RuntimeError) as error:
@@ -103,14 +103,9 @@ def fitting(config: Config, has_learners: bool = True, has_rollouts: bool = True
         try:
             return layout(config, nodes(), has_learners, has_rollouts)
         except InputError:
-            if not joins(cluster) or time.monotonic() - begin > cluster.wait_s:
+            if cluster.joins is None or time.monotonic() - begin > cluster.wait_s:
                 raise
         time.sleep(0.5)
-
-
-def joins(cluster: Cluster) -> str | None:
-    """The address of the cluster that a run joins; None if it starts its own."""
-    return cluster.address or os.environ.get("RAY_ADDRESS")
 
 
 @contextlib.contextmanager

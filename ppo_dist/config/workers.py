@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -192,6 +193,11 @@ class Cluster(Section):
     backoff_s: float = Field(
         1, ge=0, description="pause before a worker is started anew, doubled with each restart"
     )
+
+    @property
+    def joins(self) -> str | None:
+        """The address of the Ray cluster that a run joins; None if it starts its own."""
+        return self.address or os.environ.get("RAY_ADDRESS") or None
 
 
 class Eval(Section):

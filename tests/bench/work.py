@@ -90,9 +90,8 @@ def own_config(work: Work, folder: Path, model: Path, reward: Path, threads: int
 
 
 def small_config(work: Work, folder: Path) -> dict[str, Any]:
-    """W3: the quick start's model, without a reference as there; Ray, two learners and a rollout
-    worker of a thread each: the latter writes for a fifth of the time, so that three processes keep
-    two cores busy.
+    """W3: the quick start's model, Ray, two learners and a rollout worker of a thread each: the
+    latter writes for a fifth of the time, so that three processes keep two cores busy.
     """
     words = {
         "kind": "reasoning_gym",
@@ -110,7 +109,7 @@ def small_config(work: Work, folder: Path) -> dict[str, Any]:
         },
         "reward": {"labelled": "exact", "verifiable": "reasoning_gym"},
         "mix": {"schedule": 0.1, "prompts": work.prompts, "labelled_batch": 32},
-        "algorithm": {"minibatches": work.minibatches, "kl": 0.0},
+        "algorithm": {"minibatches": work.minibatches},
         "stream": {"max_lag": 1},
         "learner": {**raw["learner"], "workers": 2, "zero_stage": 0},
         "cluster": {"cpus": 3},
