@@ -24,7 +24,7 @@ CONFIG = "configs/quickstart.yaml"
 
 def main(overrides: Sequence[str]) -> int:
     """Trains what is not trained yet and prints the table. Returns the exit code."""
-    console = Console()
+    console = Console(markup=False)
     try:
         config = load(CONFIG, overrides)
         control = load(CONFIG, [*overrides, *control_overrides(config)])
