@@ -143,8 +143,22 @@ def process_group(kind: DeviceKind, store: Any, rank: int, size: int, timeout_s:
     if kind == "cuda":
         options = torch.distributed.ProcessGroupNCCL.Options()
         options._timeout = timeout
-        return torch.distributed.ProcessGroupNCCL(store, rank, size, options)
+        # read as the group is made: its wait() blocks, and raises when a member is dead or late;
+        # without it NCCL's watchdog would end this process
+        with _environment(TORCH_NCCL_BLOCKING_WAIT="1"):
+            return torch.distributed.ProcessGroupNCCL(store, rank, size, options)
     return torch.distributed.ProcessGroupGloo(store, rank, size, timeout)
+
+
+@contextlib.contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def described() -> str:

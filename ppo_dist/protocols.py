@@ -185,7 +185,7 @@ class RolloutPool(Protocol):
 
     def collect(self, ticket: int) -> list[Rollout]:
         """Waits for what was submitted under a ticket, once; rollouts in its chunks' order. Raises
-        RunError if no worker can do it, WorkersLost if only learners of before could.
+        RunError if no worker can do it, WorkersLost if none has the version or can be given it.
         """
 
     def vitals(self) -> Mapping[int, Vitals]:

@@ -82,11 +82,13 @@ def _train(config: Config, rows: build.Rows, resume: bool | Path, console: Conso
         before = shards.ranks(start.checkpoint / "policy")
         learners = {"before": before, "now": config.learner.workers}
         record_event(folder, "resumed", step=start.state.step, learners=learners)
-    recovery = Recovery(
-        config, model_path, encoded, lambda at: _tracker(config, folder, at, console)
-    )
+
+    def tracker(at: Start) -> Tracker:
+        return _tracker(config, folder, at, console)
+
     try:
-        with build.cluster(config), _interrupts() as interrupted:
+        with build.cluster(config) as settled, _interrupts() as interrupted:
+            recovery = Recovery(settled, model_path, encoded, tracker)
             outcome, loop = recovery.run(start, interrupted)
     except RunError as error:
         record_event(folder, "failed", reason=str(error))

@@ -45,21 +45,23 @@ def before_ray(cluster: Cluster) -> None:
 
 
 @contextlib.contextmanager
-def cluster(config: Config) -> Iterator[None]:
-    """Whatever the workers run on: a Ray connection, or nothing.
+def cluster(config: Config) -> Iterator[Config]:
+    """Whatever the workers run on: a Ray connection, or nothing. Yields the config with
+    `cluster.device` settled for as long: a run that loses its GPUs shall not go on on CPUs.
 
     Raises:
         InputError: the cluster cannot be joined, or is too small for a training run of this config.
     """
     if config.cluster.kind == "local":
-        yield
+        yield config
         return
     before_ray(config.cluster)
     from ppo_dist.cluster.session import fitting, session
 
     with session(config.cluster):
-        fitting(config)
-        yield
+        settled = {"device": fitting(config).device}
+        section = config.cluster.model_copy(update=settled)
+        yield config.model_copy(update={"cluster": section})
 
 
 @contextlib.contextmanager

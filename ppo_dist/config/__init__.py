@@ -58,6 +58,8 @@ __all__ = [
 
 
 class Run(Section):
+    """Where a run lives, and what its randomness hangs on."""
+
     dir: FilePath = Field(
         description="folder of the run: config, metrics, samples, checkpoints, policy"
     )
@@ -65,6 +67,8 @@ class Run(Section):
 
 
 class Train(Section):
+    """How long a run is, and what it keeps on the way."""
+
     steps: int = Field(
         ge=1, description="passes of the loop: each gives one metrics row and one policy version"
     )
@@ -96,9 +100,7 @@ class Config(Section):
     mix: Mix = Mix()
     semi: Semi = Semi()
     algorithm: Algorithm = Algorithm()
-    reference: Reference | None = Field(
-        Reference(), description="null: none, which spares its passes and `objective/kl`"
-    )
+    reference: Reference | None = Reference()
     critic: Critic = Critic()
     rollout: RolloutSection = RolloutSection()
     stream: StreamSection = StreamSection()

@@ -193,6 +193,10 @@ class Correction(Section):
 
 
 class Algorithm(Section):
+    """What becomes of rewards: advantages, and the losses of the PPO updates (Schulman et al. 2017,
+    arXiv:1707.06347, eq. 7 for the clipped objective).
+    """
+
     advantage: AnyAdvantage = Gae()
     kl: AnyKl = Field(KlInReward(), description="in the `reward` or in the `loss`; a number is β")
     reward: RewardShaping = RewardShaping()
@@ -257,6 +261,8 @@ PolicyCoef = Annotated[
 
 
 class Mix(Section):
+    """The semi-supervised mix of a step: how much is imitation (μ), how much PPO, and on what."""
+
     schedule: MuSchedule = Field(
         Constant(value=0.1), description="μ, the weight of the supervised loss"
     )

@@ -47,6 +47,8 @@ class Lora(Section):
 
 
 class Model(Section):
+    """The initial policy: a folder, a model of the hub, or a small random one."""
+
     path: FilePath | None = Field(
         None, description="Hugging Face folder or hub name of the initial policy"
     )
@@ -68,6 +70,10 @@ class Model(Section):
 
 
 class Reference(Section):
+    """The frozen model that the KL is measured against. null: none, which spares its passes and
+    `objective/kl`.
+    """
+
     path: FilePath | None = Field(
         None, description="model of the reference policy; null: the run's own policy"
     )
@@ -78,6 +84,8 @@ class Reference(Section):
 
 
 class Critic(Section):
+    """The value function of `gae`: a model of its own, or a head on the policy's trunk."""
+
     path: FilePath | None = Field(
         None, description="model whose trunk starts the critic; null: the policy's trunk"
     )
@@ -149,6 +157,8 @@ Sources = Annotated[list[AnySource], BeforeValidator(_one_or_many)]
 
 
 class Data(Section):
+    """Data sets by what is known of them, and how they become tokens."""
+
     labelled: Sources = Field(
         [], description="examples to imitate: prompt, response, perhaps answer"
     )

@@ -216,11 +216,15 @@ AnyReward = Annotated[
 
 
 class WeightedPart(Section):
+    """A source of rewards within a weighted sum."""
+
     weight: float
     reward: AnyReward
 
 
 class Reward(Section):
+    """What judges the responses to each kind of prompt."""
+
     labelled: AnyReward | None = Field(
         None, description="reward of responses to labelled and held-out prompts"
     )

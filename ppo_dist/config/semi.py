@@ -101,6 +101,8 @@ class Guard(Section):
 
 
 class Semi(Section):
+    """What becomes of responses without a checker, and what is watched meanwhile."""
+
     gate: AnyGate = Field(AllGate(), description="which unlabelled prompts count")
     pseudo: PseudoLabels | None = Field(None, description="imitate the best responses too")
     guard: Guard = Guard()

@@ -48,6 +48,8 @@ AnyEngine = Annotated[
 
 
 class RolloutSection(Section):
+    """The workers that generate: how many, with which engine, and how they sample."""
+
     engine: AnyEngine = HfEngine()
     workers: int = Field(1, ge=1)
     threads: int = Field(1, ge=1, description="CPU threads of a worker")
@@ -97,6 +99,8 @@ class AdamW(Section):
 
 
 class Sgd(Section):
+    """Plain gradient descent, with momentum if asked for."""
+
     kind: Literal["sgd"]
     momentum: float = Field(0.0, ge=0)
 
@@ -107,6 +111,8 @@ AnyOptimizer = Annotated[
 
 
 class LearnerSection(Section):
+    """The workers that learn: how many, in which precision, and how they step."""
+
     workers: int = Field(1, ge=1)
     threads: int = Field(1, ge=1, description="CPU threads of a worker")
     cpus: float = Field(1, ge=0, description="CPUs that a worker reserves in the cluster")
@@ -150,6 +156,8 @@ class StreamSection(Section):
 
 
 class Transport(Section):
+    """How weights travel from learners to rollout workers."""
+
     kind: Literal["store", "collective", "disk"] = Field(
         "store",
         description="how weights travel from learners to rollout workers: through the Ray object "
@@ -162,6 +170,8 @@ class Transport(Section):
 
 
 class Cluster(Section):
+    """Where workers run, and how patient a run is with them."""
+
     kind: Literal["ray", "local"] = Field(
         "ray", description="Ray actors, or everything in this process"
     )
@@ -201,6 +211,8 @@ class Cluster(Section):
 
 
 class Eval(Section):
+    """How the held-out examples are evaluated."""
+
     every: int = Field(
         0, ge=0, description="steps between evaluations; 0: at the start and the end alone"
     )
@@ -219,6 +231,8 @@ WandbMode = Annotated[Literal["auto", "online", "offline", "off"], BeforeValidat
 
 
 class Tracking(Section):
+    """What is told to Weights & Biases."""
+
     wandb: WandbMode = Field("auto", description="auto: online with a key, else offline")
     project: str = "ppo_dist"
     tags: tuple[Annotated[str, Field(min_length=1, max_length=64)], ...] = Field(

@@ -150,7 +150,10 @@ class Pool:
                 if life.serves(version) or self._receives(member, self._weights[version]):
                     return member, life
                 self._members.release(member, life)
-            raise WorkerError(f"none could be given version {version}: {self._members.last_reason}")
+            raise WorkersLost(  # who sends it may be the one that is lost
+                f"rollout workers: none could be given version {version}: "
+                f"{self._members.last_reason}"
+            )
         finally:
             with self._members.changed:
                 self._waiting[version] -= 1

@@ -244,8 +244,9 @@ def test_ray_pool_and_learners(
     config, folder = build.located(Config.model_validate(raw)), str(tiny_models["gpt2"])
     example = supervised(LabelledExample(PROMPTS[0], "x", np.array([5, 1])))
     with (
-        build.cluster(config),
-        build.workers(config, folder, None) as (learners, pool, _),
+        build.cluster(config) as settled,
+        build.workers(settled, folder, None) as (learners, pool, _),
     ):
+        assert (config.cluster.device, settled.cluster.device) == ("auto", "cpu"), "for good"
         suites.check_rollout_pool(pool, learners.publish(5), learners.publish(6), CHUNKS)
         suites.check_learner_group(learners, rollouts(), [[example], []], tmp_path / "saved")

@@ -315,6 +315,16 @@ def test_a_version_waits_for_the_only_worker_to_be_back() -> None:
     own.close()
 
 
+def test_a_version_that_nobody_can_be_given_is_for_new_workers() -> None:
+    own, workers, _ = pool(2)
+    assert own.load(Weights(1, ()))
+    for worker in workers:
+        worker.crashes, worker.refuses = 1, {1}
+    with pytest.raises(WorkersLost, match="none could be given version 1: refused"):
+        own.collect(own.submit(work(1)[:2]))
+    own.close()
+
+
 def test_a_worker_whose_restarts_are_used_up_is_left_out() -> None:
     own, workers, events = pool(2, limits=Cluster(backoff_s=0, restarts=1))
     assert own.load(Weights(1, ()))
