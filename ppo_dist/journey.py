@@ -4,6 +4,7 @@ workers.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -11,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ppo_dist import build
-from ppo_dist.config import Config, InputError, Origin, WorkersLost, corrects
+from ppo_dist.config import Config, InputError, Origin, WorkersLost, corrects, uses
 from ppo_dist.config.algorithm import Complement
+from ppo_dist.config.workers import VllmEngine
 from ppo_dist.coordinator.ahead import Ahead
 from ppo_dist.coordinator.evaluate import Evaluator
 from ppo_dist.coordinator.experience import Experience
@@ -82,7 +84,37 @@ def encode(config: Config, rows: build.Rows, model_path: str) -> Encoded:
                 f"data.{name}: no prompt has at most {config.data.max_prompt_tokens} tokens "
                 "(data.max_prompt_tokens)"
             )
+    _check_lengths(config, encoded, model_path)
     return encoded
+
+
+def _check_lengths(config: Config, encoded: Encoded, model_path: str) -> None:
+    """Raises InputError if a prompt with its response is longer than model or engine allow."""
+    from transformers import AutoConfig
+
+    trust, new = config.model.trust_remote_code, config.rollout.max_new_tokens
+    model = AutoConfig.from_pretrained(model_path, trust_remote_code=trust).get_text_config()
+    positions = getattr(model, "max_position_embeddings", None) or math.inf
+    engine = config.rollout.engine
+    asked = engine.max_model_tokens if isinstance(engine, VllmEngine) else None
+    limit, what = min((positions, "the model's context"), (asked or math.inf, "max_model_tokens"))
+    asked_for = [
+        p for origin in encoded.prompts if uses(config, origin) for p in encoded.prompts[origin]
+    ]
+    asked_for += [example.prompt for example in (*encoded.held_out, *encoded.test)]
+    for prompt in asked_for:
+        if len(prompt.tokens_P) + new > limit:
+            raise InputError(
+                f"{prompt.uid}: {len(prompt.tokens_P)} tokens and a response of "
+                f"rollout.max_new_tokens {new} are more than {what} of {limit}; lower one of them, "
+                "or data.max_prompt_tokens"
+            )
+    for example in encoded.examples:
+        if (total := len(example.prompt.tokens_P) + len(example.tokens_R)) > positions:
+            raise InputError(
+                f"{example.prompt.uid}: {total} tokens with its response, more than the model's "
+                f"context of {positions}"
+            )
 
 
 @dataclass(frozen=True)

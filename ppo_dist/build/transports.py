@@ -31,12 +31,11 @@ def sender(config: Config, kind: DeviceKind) -> Callable[[], WeightSender]:
         case "collective":
             from ppo_dist.transport.collective import CollectiveSender
 
-            return functools.partial(CollectiveSender, kind, size, transport.deadline_s)
+            return functools.partial(CollectiveSender, kind, size, transport.half_s)
         case "disk":
             from ppo_dist.transport.disk import DiskSender
 
-            keep = config.stream.max_lag + 2
-            return functools.partial(DiskSender, _folder(config), size, keep)
+            return functools.partial(DiskSender, _folder(config), size, config.stream.kept_versions)
 
 
 def receiver(
@@ -52,8 +51,8 @@ def receiver(
             from ppo_dist.transport.collective import CollectiveReceiver
 
             assert port is not None, "this sender has one"
-            deadline_s = config.transport.deadline_s
-            return functools.partial(CollectiveReceiver, kind, address, port, deadline_s)
+            half_s, keep = config.transport.half_s, config.stream.kept_versions
+            return functools.partial(CollectiveReceiver, kind, address, port, half_s, keep)
         case "disk":
             from ppo_dist.transport.disk import DiskReceiver
 

@@ -157,8 +157,8 @@ def rollout_pool(config: Config, model_path: str) -> Iterator[tuple[RolloutPool,
 
         kind, threads = _local_device(config), config.rollout.threads
         made = engine(config, model_path, kind)()
-        worker = RolloutWorker(MemoryReceiver(), lambda: made)
-        keep = config.stream.max_lag + 2
+        keep = config.stream.kept_versions
+        worker = RolloutWorker(MemoryReceiver(), lambda: made, keep)
         with contextlib.closing(
             Pool([worker], keep, prepare=lambda: prepare(kind, threads))
         ) as own:
@@ -215,10 +215,14 @@ def _started(
 ) -> Iterator[RolloutPool]:
     from ppo_dist.rollout.pool import Pool
 
-    keep, limits = config.stream.max_lag + 2, config.cluster
-    another = None if takes_turns else remote[0].crew.another
     made = Pool(
-        remote, keep, _events(config), takes_turns=takes_turns, limits=limits, another=another
+        remote,
+        config.stream.kept_versions,
+        _events(config),
+        takes_turns=takes_turns,
+        limits=config.cluster,
+        another=None if takes_turns else remote[0].crew.another,
+        late_s=config.transport.half_s,
     )
     with contextlib.closing(made) as pool:
         if takes_turns:

@@ -30,9 +30,9 @@ MakeReceiver = Callable[[], WeightReceiver]
 class RolloutActor(RolloutWorker):
     """A RolloutWorker that opens its end of the transport by itself."""
 
-    def __init__(self, make_receiver: MakeReceiver, make_engine: MakeEngine) -> None:
+    def __init__(self, make_receiver: MakeReceiver, make_engine: MakeEngine, keep: int) -> None:
         network.use_own_interface()
-        super().__init__(make_receiver(), make_engine)
+        super().__init__(make_receiver(), make_engine, keep)
 
     def probe(self, weights: Weights, deadline_s: float) -> None:
         """Takes weights from end to end without a model."""
@@ -83,7 +83,8 @@ class RemoteWorker:
         options = place(self._places, self._slot)
         if self._lent is not None:  # before the process begins: torch looks once
             options["runtime_env"] = {"env_vars": device.seeing(self._lent)}
-        return actor.options(**options).remote(self.crew.make_receiver, self.crew.make_engine)
+        crew, keep = self.crew, self._config.stream.kept_versions
+        return actor.options(**options).remote(crew.make_receiver, crew.make_engine, keep)
 
     def wait(self) -> None:
         """Waits until the actor is there. Raises WorkerError."""
@@ -91,8 +92,8 @@ class RemoteWorker:
 
     def probe(self, weights: Weights) -> None:
         """Takes weights from end to end without a model. Raises WorkerError."""
-        deadline_s = self._config.transport.deadline_s
-        self._call(self._actor.probe.remote(weights, deadline_s), 2 * deadline_s)
+        limits = self._config.transport
+        self._call(self._actor.probe.remote(weights, limits.half_s), limits.deadline_s)
 
     def start(self, anew: bool = False) -> None:
         """See Worker."""
@@ -110,10 +111,10 @@ class RemoteWorker:
 
     def receive(self, weights: Weights) -> None:
         """See Worker."""
-        deadline_s = self._config.transport.deadline_s
+        limits = self._config.transport
         receive = self._actor.receive.options(concurrency_group="weights")
-        # the actor itself gives up after the deadline; if it does not even say so, it hangs
-        self._call(receive.remote(weights, deadline_s), 2 * deadline_s)
+        # the actor itself gives up after half of the deadline; if it does not say so, it hangs
+        self._call(receive.remote(weights, limits.half_s), limits.deadline_s)
 
     def timed(self, chunk: Chunk) -> tuple[list[Rollout], Vitals]:
         """See Worker."""

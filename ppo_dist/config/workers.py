@@ -154,6 +154,11 @@ class StreamSection(Section):
         "steps before it are learned from",
     )
 
+    @property
+    def kept_versions(self) -> int:
+        """The newest ones, which somebody may still ask for."""
+        return self.max_lag + 2
+
 
 class Transport(Section):
     """How weights travel from learners to rollout workers."""
@@ -165,8 +170,16 @@ class Transport(Section):
     )
     bucket_mb: int = Field(256, ge=1, description="megabytes gathered and sent at a time")
     deadline_s: float = Field(
-        60, gt=0, description="how long a worker may take to receive a version"
+        120,
+        gt=0,
+        description="how long a version may take to all rollout workers, half of it to be sent and "
+        "half to arrive; then the others go on without those that are late",
     )
+
+    @property
+    def half_s(self) -> float:
+        """For either half."""
+        return self.deadline_s / 2
 
 
 class Cluster(Section):

@@ -74,8 +74,13 @@ class Encoder:
             raise InputError(f"{row.where}: the chat template refuses it: {error}") from None
         return str(text)
 
+    def _tokens(self, text: str, add_special_tokens: bool) -> list[int]:
+        # not verbose: what is too long is told by name, later
+        found = self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)
+        return list(found["input_ids"])
+
     def _prompt(self, row: Row, origin: Origin, text: str) -> Prompt | None:
-        tokens = self._tokenizer(text, add_special_tokens=not self._is_chat(row))["input_ids"]
+        tokens = self._tokens(text, not self._is_chat(row))
         if tokens and tokens[-1] == self._tokenizer.eos_token_id and not self._is_chat(row):
             tokens = tokens[:-1]
         limit = self._data.max_prompt_tokens
@@ -110,7 +115,7 @@ class Encoder:
             )
             if whole.startswith(prompt_text):
                 text = whole[len(prompt_text) :]
-        tokens = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        tokens = self._tokens(text, False)
         if eos in tokens:
             tokens = tokens[: tokens.index(eos)]
         return np.asarray([*tokens, eos], np.int64)

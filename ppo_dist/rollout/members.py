@@ -50,7 +50,7 @@ class Worker(Protocol):
 
 class Member:
     """A worker and its life so far; since when it is lost, if it is; in which order it became idle,
-    0 while it is not; and whether it is on its way out.
+    0 while it is not; whether it is late with a version; and whether it is on its way out.
     """
 
     def __init__(self, worker: Worker, number: int, limits: Cluster) -> None:
@@ -58,6 +58,7 @@ class Member:
         self.life = Life()
         self.lost_at: float | None = None
         self.turn = 0
+        self.is_late = False
         self.leaves = False
 
     def still_leads(self, life: Life) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from ppo_dist.config import RunError, WorkersLost
 from ppo_dist.config.workers import Cluster
@@ -34,14 +34,16 @@ class Pool:
         takes_turns: bool = False,
         limits: Cluster = Cluster(),  # noqa: B008 (frozen)
         another: Callable[[], Worker] | None = None,
+        late_s: float = 60.0,
     ) -> None:
         """Weights of the newest `keep` versions are kept for workers that need them again. `note`
         hears of failures; `prepare` is called in every thread that a worker is driven from. Workers
         that take turns with the learners sleep when nothing is left to generate. Workers that are
-        lost are started anew within `limits`; with `another` their number can change.
+        lost are started anew within `limits`; with `another` their number can change. Those that
+        have not received a version after `late_s` are not waited for if others have.
         """
         self._weights: dict[int, Weights] = {}
-        self._keep, self._takes_turns = keep, takes_turns
+        self._keep, self._takes_turns, self._late_s = keep, takes_turns, late_s
         self._prepare, self._another = prepare, another
         self._threads, self._senders = self._executors(len(workers))
         self._underway: dict[int, list[Future[Done]]] = {}
@@ -74,10 +76,14 @@ class Pool:
             self._weights[weights.version] = weights
             for old in sorted(self._weights)[: -self._keep]:
                 del self._weights[old]
-        fit = [member for member in self._members.left() if member.life.takes_weights]
-        if not any(list(self._senders.map(lambda m: self._receives(m, weights), fit))):
+        left = self._members.left
+        fit = [m for m in left() if m.life.takes_weights and not m.is_late]
+        asked = [self._senders.submit(self._sends, member, weights) for member in fit]
+        done, _ = wait(asked, timeout=self._late_s)
+        if not any(answer.result() for answer in done) and not any(
+            answer.result() for answer in asked
+        ):
             # who was starting is given the newest version, or will take the next attempt
-            left = self._members.left
             self._members.wait(lambda: any(member.life.is_settled for member in left()))
         return any(weights.version in member.life.versions for member in self._members.all)
 
@@ -190,6 +196,13 @@ class Pool:
 
     def _starts_with(self, version: int) -> bool:
         return version == ON_DISK and not self._weights
+
+    def _sends(self, member: Member, weights: Weights) -> bool:
+        member.is_late = True  # until it has answered
+        try:
+            return self._receives(member, weights)
+        finally:
+            member.is_late = False
 
     def _receives(self, member: Member, weights: Weights) -> bool:
         life = member.life

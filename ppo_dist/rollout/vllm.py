@@ -198,6 +198,7 @@ class VllmEngine:
         self._llm.collective_rpc("init_weight_transfer_engine", args=({},))
         self._sleeps = llm.llm_engine.vllm_config.model_config.enable_sleep_mode
         self._version: int | None = 0  # the model as it was read from disk
+        self._names: frozenset[str] = frozenset()  # of all parameters, once they came
 
     def scores(self, tokens_BT: torch.Tensor) -> torch.Tensor:
         """Log-probabilities of all tokens but the first, (B, T−1)."""
@@ -230,7 +231,7 @@ class VllmEngine:
         sent: list[str] = []
         self._llm.collective_rpc("start_weight_update")
         try:
-            for update, digest in self._handover.updates(weights, self._bucket_bytes):
+            for update, digest in self._handover.updates(self._all(weights), self._bucket_bytes):
                 self._llm.collective_rpc("update_weights", args=(update,))
                 sent.append(digest)
         except WeightsError as error:
@@ -241,6 +242,20 @@ class VllmEngine:
                 raise WeightsError(f"version {version}: vLLM loaded something else")
         self._llm.reset_prefix_cache()  # it holds keys and values of the old weights
         self._version = version
+
+    def _all(self, weights: NamedTensors) -> NamedTensors:
+        """The same weights, all that came the first time: vLLM would keep what it is not sent.
+
+        Raises:
+            WeightsError: some are missing.
+        """
+        names = set()
+        for name, tensor in weights:
+            names.add(name)
+            yield name, tensor
+        if missing := self._names - names:
+            raise WeightsError(f"{', '.join(sorted(missing))}: not sent")
+        self._names = frozenset(names)
 
     def sleep(self) -> None:
         """See RolloutEngine. The weights wait in the CPU's memory, the KV cache is dropped."""

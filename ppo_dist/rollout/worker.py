@@ -4,6 +4,7 @@ Ray actor.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 
@@ -21,10 +22,15 @@ class RolloutWorker:
     asks for them.
     """
 
-    def __init__(self, receiver: WeightReceiver, make_engine: Callable[[], RolloutEngine]) -> None:
-        """The model is not loaded yet; see `start`."""
-        self._receiver, self._make_engine = receiver, make_engine
+    def __init__(
+        self, receiver: WeightReceiver, make_engine: Callable[[], RolloutEngine], keep: int
+    ) -> None:
+        """The model is not loaded yet; see `start`. Of what is received the newest `keep` versions
+        stay.
+        """
+        self._receiver, self._make_engine, self._keep = receiver, make_engine, keep
         self._received: dict[int, Weights] = {}
+        self._lock = threading.Lock()  # a version is received while a chunk is generated
         self._loaded: int | None = 0  # the model as it is on disk
         self._is_asleep = False
         self._pulse = Pulse()
@@ -40,7 +46,10 @@ class RolloutWorker:
             WeightsError: it did not come in time.
         """
         self._receiver.receive(weights, deadline_s)
-        self._received[weights.version] = weights
+        with self._lock:
+            self._received[weights.version] = weights
+            for old in sorted(self._received)[: -self._keep]:
+                del self._received[old]
 
     def generate(self, chunk: Chunk) -> list[Rollout]:
         """See RolloutEngine. What is older than the chunk's version is forgotten."""
@@ -68,10 +77,11 @@ class RolloutWorker:
         """See Worker: there is nothing to free, since it is no process of its own."""
 
     def _load(self, version: int) -> None:
-        weights = self._received.pop(version, None)
+        with self._lock:
+            weights = self._received.get(version)
+            for old in [v for v in self._received if v <= version]:
+                del self._received[old]
         if weights is not None:
             self._loaded = None  # until all of it is there
             self._engine.load(version, finite(version, self._receiver.fetch(weights)))
             self._loaded = version
-        for old in [v for v in self._received if v < version]:
-            del self._received[old]

@@ -1,12 +1,13 @@
 """Weights by collective broadcast (gloo on CPUs, nccl on GPUs), bucket by bucket.
 
 The sender calls before every version, through a store of keys that it serves, and broadcasts to the
-receivers that answer in time. So one that is dead or late is left out and hangs nobody; once it
-calls again it is taken in with the next version. A receiver has a thread for this: it takes part
-while its worker generates, and keeps what came on the CPU until it is asked for.
+receivers that answer in time. So one that is dead or late is lost and hangs nobody; where it finds
+that out it takes a new ID, and is taken in with the next version. A receiver has a thread for this:
+it takes part while its worker generates, and keeps what came on the CPU until it is asked for.
 
 Keys, with n the number of the call:   call/n  version        here/n/ID  set by each receiver
     members/n  group and IDs of who takes part                 bucket/n/i  parts and digest, or END
+    left/ID    set by a receiver that has another ID from now on
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from datetime import timedelta
 from typing import Any
@@ -31,17 +32,21 @@ END = "end"
 BROKEN = "broken"
 FOREVER = timedelta(days=365)
 POLL_S = 0.002
+PHASES = 3  # in which a sender may wait for a receiver: its answer, a new group, a broadcast
 
 
 class CollectiveSender:
-    """Sends from one process; Weights.parts are empty."""
+    """Sends from one process; Weights.parts are empty. For receivers that are late or dead it waits
+    at most `deadline_s` in all.
+    """
 
     def __init__(self, kind: device.DeviceKind, bucket_bytes: int, deadline_s: float) -> None:
-        self._kind, self._bucket_bytes, self._deadline_s = kind, bucket_bytes, deadline_s
+        self._kind, self._bucket_bytes, self._wait_s = kind, bucket_bytes, deadline_s / PHASES
         self._store = TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False)
         self.port: int = self._store.port
         self._call = 0
         self._lost: set[int] = set()
+        self._said: dict[int, list[str]] = {}  # by call: the keys that nobody needs once it is over
         self._members: list[int] = []
         self._name = ""
         self._group: Any = None
@@ -51,6 +56,7 @@ class CollectiveSender:
         other ranks lend their shards for each.
         """
         self._call += 1
+        self._forget(self._call - 2)
         self._store.set(f"call/{self._call}", str(version))
         self._store.add("calls", 1)
         self._assemble()
@@ -58,7 +64,7 @@ class CollectiveSender:
         for parts, flat in flattened(weights, self._bucket_bytes):
             digests.append(digest(flat.cpu().numpy()))
             self._send(len(digests) - 1, parts, digests[-1], flat)
-        self._store.set(f"bucket/{self._call}/{len(digests)}", END)
+        self._say(f"bucket/{self._call}/{len(digests)}", END)
         return Weights(version, (), of_all(digests), again=False)
 
     def _assemble(self) -> None:
@@ -67,68 +73,94 @@ class CollectiveSender:
         if self._group is None or present != self._members:
             self._group, self._members, self._name = None, present, f"group/{self._call}"
         said = {"group": self._name, "members": present}
-        self._store.set(f"members/{self._call}", json.dumps(said))
+        self._say(f"members/{self._call}", json.dumps(said))
         if self._group is None and present:
             store = PrefixStore(self._name, self._store)
             try:
                 self._group = device.process_group(
-                    self._kind, store, 0, len(present) + 1, self._deadline_s
+                    self._kind, store, 0, len(present) + 1, self._wait_s
                 )
             except RuntimeError:
-                self._group = None  # nobody gets this version; the next has a new group
+                self._say(f"bucket/{self._call}/0", BROKEN)  # the next version has a new group
 
     def _answering(self) -> list[int]:
-        """The receivers that answer within the deadline; the others are not waited for again."""
-        end = time.monotonic() + self._deadline_s
+        """The receivers that answer in time; the others are not waited for again."""
+        end = time.monotonic() + self._wait_s
         asked = set(range(1, self._store.add("receivers", 0) + 1)) - self._lost
+        self._lost |= {receiver for receiver in asked if self._store.check([f"left/{receiver}"])}
+        asked -= self._lost
+        keys = {receiver: f"here/{self._call}/{receiver}" for receiver in asked}
+        self._said.setdefault(self._call, []).extend(keys.values())
         missing = set(asked)
         while True:
-            missing -= {r for r in missing if self._store.check([f"here/{self._call}/{r}"])}
+            missing -= {receiver for receiver in missing if self._store.check([keys[receiver]])}
             if not missing or time.monotonic() > end:
-                self._lost |= missing
-                return sorted(asked - missing)
+                break
             time.sleep(POLL_S)
+        self._lost |= missing
+        return sorted(asked - missing)
 
     def _send(self, number: int, parts: tuple[Part, ...], found: str, flat: torch.Tensor) -> None:
         if self._group is None:
             return
         about = {"parts": [asdict(p) for p in parts], "digest": found, "bytes": len(flat)}
-        self._store.set(f"bucket/{self._call}/{number}", json.dumps(about))
+        self._say(f"bucket/{self._call}/{number}", json.dumps(about))
         try:
             self._group.broadcast(flat.to(device.of_collectives(self._kind)), 0).wait()
         except RuntimeError:
             self._group = None  # nobody gets the rest; the next version has a new group
-            self._store.set(f"bucket/{self._call}/{number + 1}", BROKEN)
+            self._say(f"bucket/{self._call}/{number + 1}", BROKEN)
+
+    def _say(self, key: str, value: str) -> None:
+        self._store.set(key, value)
+        self._said.setdefault(self._call, []).append(key)
+
+    def _forget(self, call: int) -> None:
+        """A run has very many calls."""
+        for key in self._said.pop(call, []):
+            self._store.delete_key(key)
 
 
 class CollectiveReceiver:
-    """Receives in a thread of its own: answers every call from the one under way on.
+    """Receives in a thread of its own: answers every call from the one under way on, and keeps the
+    newest `keep` versions. `deadline_s` is that of the sender.
 
     Raises:
         WeightsError: the sender cannot be reached.
     """
 
-    def __init__(self, kind: device.DeviceKind, address: str, port: int, deadline_s: float) -> None:
-        self._kind, self._deadline_s = kind, deadline_s
+    def __init__(
+        self, kind: device.DeviceKind, address: str, port: int, deadline_s: float, keep: int
+    ) -> None:
+        self._kind, self._deadline_s, self._keep = kind, deadline_s, keep
         self._arrived = threading.Condition()
         self._versions: dict[int, list[Bucket]] = {}
+        self._spoiled: dict[int, str] = {}  # versions that came with other bytes
         self._problem: str | None = None
+        self._id: int | None = None
         try:
             self._store = TCPStore(address, port, timeout=timedelta(seconds=deadline_s))
         except RuntimeError as error:
             raise WeightsError(f"{address}:{port}: {error}") from None
         self._register()
-        threading.Thread(target=self._answer, daemon=True, name="weights").start()
+        self._thread = threading.Thread(target=self._answer, daemon=True, name="weights")
+        self._thread.start()
 
     def receive(self, weights: Weights, deadline_s: float) -> None:
         """See WeightReceiver."""
         with self._arrived:
-            self._arrived.wait_for(lambda: weights.version in self._versions, deadline_s)
-            if weights.version not in self._versions:
-                raise WeightsError(
-                    f"version {weights.version} did not arrive in {deadline_s:g} s"
-                    + (f": {self._problem}" if self._problem else "")
-                )
+            version = weights.version
+            self._arrived.wait_for(
+                lambda: version in self._versions or version in self._spoiled, deadline_s
+            )
+            if version in self._versions:
+                return
+            if version in self._spoiled:
+                raise WeightsError(f"version {version}: {self._spoiled[version]}")
+            raise WeightsError(
+                f"version {version} did not arrive in {deadline_s:g} s"
+                + (f": {self._problem}" if self._problem else "")
+            )
 
     def fetch(self, weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
         """See WeightReceiver."""
@@ -144,6 +176,9 @@ class CollectiveReceiver:
             yield from bucket.tensors()
 
     def _register(self) -> None:
+        """Under a new ID: the group of before may be in any state."""
+        if self._id is not None:
+            self._store.set(f"left/{self._id}", "")
         self._id = self._store.add("receivers", 1)
         self._group: Any = None
         self._name: str | None = None
@@ -157,43 +192,52 @@ class CollectiveReceiver:
                 version = int(self._store.get(f"call/{call}"))
                 # the sender itself may wait that long, for another receiver
                 self._store.set_timeout(timedelta(seconds=2 * self._deadline_s))
-                self._take_part(call, version)
+                is_over = self._store.add("calls", 0) > call
+                if is_over or not self._takes_part(call, version):
+                    self._register()
             except RuntimeError as error:
                 self._problem = str(error).splitlines()[0]
-                self._group, self._name = None, None
-                if not self._alive():
+                if not self._registers_again():
                     return
             call += 1
 
-    def _alive(self) -> bool:
+    def _registers_again(self) -> bool:
+        """Whether the sender is still there to know."""
         try:
-            self._store.add("receivers", 0)
+            self._register()
         except RuntimeError:
             return False
         return True
 
-    def _take_part(self, call: int, version: int) -> None:
-        if self._store.check([f"members/{call}"]):
-            return  # too late for this one
+    def _takes_part(self, call: int, version: int) -> bool:
+        """Whether it was in time to be one of those who do."""
         self._store.set(f"here/{call}/{self._id}", "")
         chosen = json.loads(self._store.get(f"members/{call}"))
         if self._id not in chosen["members"]:
-            self._register()  # answered too late, and is taken for dead
-            return
+            return False
         if chosen["group"] != self._name:
             self._group = device.process_group(
                 self._kind,
                 PrefixStore(chosen["group"], self._store),
                 1 + chosen["members"].index(self._id),
                 len(chosen["members"]) + 1,
-                self._deadline_s,
+                self._deadline_s / PHASES,
             )
             self._name = chosen["group"]
-        found = list(self._buckets(call))
         with self._arrived:
-            self._versions[version] = found
-            self._problem = None
+            self._spoiled.pop(version, None)
+        found = list(self._buckets(call))
+        problem = _changed(found)
+        with self._arrived:
+            if problem is None:
+                self._versions[version], self._problem = found, None
+            else:  # an affair of its own: the group stays as it is
+                self._spoiled[version] = problem
+            for kept in (self._versions, self._spoiled):
+                for old in sorted(kept)[: -self._keep]:
+                    del kept[old]
             self._arrived.notify_all()
+        return True
 
     def _buckets(self, call: int) -> Iterator[Bucket]:
         number = 0
@@ -206,7 +250,15 @@ class CollectiveReceiver:
             )
             self._group.broadcast(flat, 0).wait()
             parts = tuple(Part(**{**p, "shape": tuple(p["shape"])}) for p in about["parts"])
-            bucket = Bucket(parts, flat.cpu().numpy(), about["digest"])
-            bucket.check()
-            yield bucket
+            yield Bucket(parts, flat.cpu().numpy(), about["digest"])
             number += 1
+
+
+def _changed(found: Iterable[Bucket]) -> str | None:
+    """Which bytes are not those that were sent, in words; None: none."""
+    try:
+        for bucket in found:
+            bucket.check()
+    except WeightsError as error:
+        return str(error)
+    return None

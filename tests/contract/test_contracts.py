@@ -200,7 +200,7 @@ def test_disk_transport(tmp_path: Path, bucket_bytes: int) -> None:
 @pytest.mark.parametrize("bucket_bytes", [1, 2**20])
 def test_collective_transport(bucket_bytes: int) -> None:
     sender = CollectiveSender("cpu", bucket_bytes, deadline_s=10.0)
-    receivers = [CollectiveReceiver("cpu", "127.0.0.1", sender.port, 10.0) for _ in range(2)]
+    receivers = [CollectiveReceiver("cpu", "127.0.0.1", sender.port, 10.0, 3) for _ in range(2)]
     suites.check_transport(sender, receivers)
 
 

@@ -42,7 +42,7 @@ from ppo_dist.transport.store import StoreReceiver, StoreSender
 from ppo_dist.types import Prompt, Sampling
 from tests.conftest import raw_config
 
-DEADLINE_S = 4.0
+DEADLINE_S = 12.0
 SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("store", "disk")]
 KINDS = ["collective", *SLOW]
 PROMPTS = [Prompt(f"p:{i}", "verifiable", "", np.arange(3, 5 + i)) for i in range(8)]
@@ -55,7 +55,7 @@ class Rig:
     def __init__(self, sender: WeightSender, workers: Sequence[RemoteWorker], model: Path) -> None:
         self.sender, self.workers = sender, workers
         self.events: list[dict[str, Any]] = []
-        self.pool = Pool(workers, keep=2, note=self._note)
+        self.pool = Pool(workers, keep=2, note=self._note, late_s=DEADLINE_S / 2)
         self._lm = load_policy(str(model), torch.float32)
         self._engine = HfEngine(
             load_policy(str(model), torch.float32),
@@ -144,14 +144,16 @@ def ends(kind: str, folder: Path) -> tuple[Any, Any]:
         return StoreSender(2**12), StoreReceiver
     if kind == "disk":
         return DiskSender(folder / "weights", 2**12, keep=2), DiskReceiver
-    sender = CollectiveSender("cpu", 2**12, DEADLINE_S)
-    receiver = functools.partial(CollectiveReceiver, "cpu", "127.0.0.1", sender.port, DEADLINE_S)
-    return sender, receiver
+    half_s = DEADLINE_S / 2
+    sender = CollectiveSender("cpu", 2**12, half_s)
+    return sender, functools.partial(
+        CollectiveReceiver, "cpu", "127.0.0.1", sender.port, half_s, keep=2
+    )
 
 
 def test_a_dead_worker_is_replaced_and_serves_only_what_it_was_given(rig: Rig) -> None:
     ray.kill(rig.workers[0]._actor)
-    assert rig.publish(2) < 6 * DEADLINE_S
+    assert rig.publish(2) < DEADLINE_S
     rig.check(2)
     rig.wait_for_the_new_one()
     ray.kill(rig.workers[1]._actor)  # so that the new one has to do it
@@ -163,7 +165,7 @@ def test_a_dead_worker_is_replaced_and_serves_only_what_it_was_given(rig: Rig) -
 def test_a_worker_that_hangs_holds_nobody_up(rig: Rig) -> None:
     pid = rig.pid(0)
     os.kill(pid, signal.SIGSTOP)
-    assert rig.publish(2) < 6 * DEADLINE_S
+    assert rig.publish(2) < DEADLINE_S
     rig.check(2)
     rig.wait_for_the_new_one()
     with pytest.raises(ProcessLookupError):

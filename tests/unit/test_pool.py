@@ -51,6 +51,7 @@ class Fragile:
         self.served: list[int] = []
         self.asked = threading.Event()
         self.hangs_at: set[int] = set()  # versions that it is lost over, once
+        self.late: threading.Event | None = None  # before that it receives nothing
 
     def start(self, anew: bool) -> None:
         self.starts.append(anew)
@@ -59,6 +60,8 @@ class Fragile:
             self.received, self.loaded = {0}, 0
 
     def receive(self, weights: Weights) -> None:
+        if self.late is not None:
+            self.late.wait(10)
         if weights.version in self.refuses:
             raise WorkerError("refused")
         if weights.version in self.hangs_at:
@@ -155,6 +158,25 @@ def test_what_can_be_had_again_is_given_again_before_the_worker_serves() -> None
     workers[0].refuses = set()
     rollouts = made.collect(made.submit(work(1)))
     assert uids(rollouts) == wanted(1) and workers[0].wrong == []
+
+
+def test_the_others_do_not_wait_for_a_late_one() -> None:
+    workers = [Fragile(), Fragile()]
+    made = Pool(workers, keep=3, late_s=0.2)
+    late = workers[0].late = threading.Event()
+    for version in (1, 2, 3):
+        begin = time.monotonic()
+        assert made.load(Weights(version, (), again=False))
+        assert time.monotonic() - begin < 1, (
+            "it is asked once, and then left alone until it answers"
+        )
+        assert uids(made.collect(made.submit(work(version)))) == wanted(version)
+    assert workers[0].served == [] and workers[0].received == {0}
+    late.set()
+    eventually(lambda: workers[0].received == {0, 1})
+    assert made.load(Weights(4, (), again=False))
+    assert workers[0].received == {0, 1, 4}
+    made.close()
 
 
 def test_nobody_has_a_version_that_was_sent_once() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,9 +11,11 @@ import pytest
 import torch
 
 from ppo_dist.protocols import WeightsError
+from ppo_dist.transport import collective
 from ppo_dist.transport.collective import CollectiveReceiver, CollectiveSender
 from ppo_dist.transport.disk import DiskReceiver, DiskSender
-from ppo_dist.transport.wire import buckets, of_all
+from ppo_dist.transport.wire import Bucket, buckets, of_all
+from ppo_dist.types import Weights
 from tests.contract.suites import weights
 
 
@@ -74,12 +78,115 @@ def test_a_resumed_run_does_not_remove_its_own_versions(tmp_path: Path) -> None:
     assert [folder.name for folder in tmp_path.iterdir()] == ["version-00000010"]
 
 
+class Far:
+    """A sender and its receivers in this process; all that is asked for is looked at."""
+
+    def __init__(self, receivers: int, deadline_s: float = 3.0) -> None:
+        self.sender = CollectiveSender("cpu", 40, deadline_s)
+        self.deadline_s = deadline_s
+        self.receivers = [self.another() for _ in range(receivers)]
+
+    def another(self) -> CollectiveReceiver:
+        return CollectiveReceiver("cpu", "127.0.0.1", self.sender.port, self.deadline_s, keep=3)
+
+    def publish(self, version: int) -> Weights:
+        return self.sender.publish(version, weights().items())
+
+    def check(self, receiver: CollectiveReceiver, sent: Weights) -> None:
+        receiver.receive(sent, self.deadline_s)
+        got = dict(receiver.fetch(sent))
+        assert all(torch.equal(got[name], tensor) for name, tensor in weights().items())
+
+
 def test_versions_that_nobody_asked_for_do_not_stay() -> None:
-    sender = CollectiveSender("cpu", 2**20, deadline_s=10.0)
-    receiver = CollectiveReceiver("cpu", "127.0.0.1", sender.port, 10.0)
-    for version in (1, 2, 3):
-        sent = sender.publish(version, weights().items())
-        receiver.receive(sent, 10.0)
-    assert set(receiver._versions) == {1, 2, 3}
-    assert {name for name, _ in receiver.fetch(sent)} == set(weights())
+    far = Far(1)
+    (receiver,) = far.receivers
+    for version in range(1, 6):
+        receiver.receive(sent := far.publish(version), 3.0)
+    assert set(receiver._versions) == {3, 4, 5}, "the newest three"
+    far.check(receiver, sent)
     assert receiver._versions == {}
+
+
+def test_a_receiver_whose_bytes_were_changed_gets_them_the_next_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    far = Far(2)
+    one, other = far.receivers
+    spoiled, changed = one._id, collective._changed
+
+    def check(found: list[Bucket]) -> str | None:
+        is_one = threading.current_thread() is one._thread
+        return "bytes were changed" if is_one else changed(found)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(collective, "_changed", check)
+        sent = far.publish(1)
+        far.check(other, sent)
+        with pytest.raises(WeightsError, match="version 1: bytes were changed"):
+            one.receive(sent, 3.0)
+    begin = time.monotonic()
+    sent = far.publish(1)
+    far.check(one, sent)
+    assert time.monotonic() - begin < 1.0 and one._id == spoiled, "in the group of before"
+    sent = far.publish(2)
+    for receiver in far.receivers:
+        far.check(receiver, sent)
+
+
+def test_a_late_receiver_misses_what_it_is_late_for_and_nothing_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    far = Far(2)
+    one, other = far.receivers
+    far.check(one, far.publish(1))
+    takes_part, late = one._takes_part, threading.Event()
+
+    def after_a_while(call: int, version: int) -> bool:
+        late.wait(20)
+        return takes_part(call, version)
+
+    monkeypatch.setattr(one, "_takes_part", after_a_while)
+    begin = time.monotonic()
+    sent = far.publish(2)
+    assert time.monotonic() - begin < far.deadline_s
+    far.check(other, sent)
+    late.set()
+    with pytest.raises(WeightsError, match="did not arrive"):
+        one.receive(sent, 0.5)
+    for version in (3, 4):
+        begin = time.monotonic()
+        sent = far.publish(version)
+        for receiver in far.receivers:
+            far.check(receiver, sent)
+        assert time.monotonic() - begin < 1.0, "nobody waited for its old ID"
+
+
+class Broken:
+    """A process group after an error of its own."""
+
+    def broadcast(self, *_: object) -> None:
+        raise RuntimeError("no such peer")
+
+
+def test_a_receiver_that_failed_joins_under_another_name() -> None:
+    far = Far(2)
+    sent = far.publish(1)
+    for receiver in far.receivers:
+        far.check(receiver, sent)
+    far.receivers[0]._group = Broken()
+    far.publish(2)
+    for version in (3, 4):
+        sent = far.publish(version)
+        for receiver in far.receivers:
+            far.check(receiver, sent)
+
+
+def test_keys_of_calls_that_are_over_do_not_stay() -> None:
+    far = Far(1)
+    (receiver,) = far.receivers
+    seen = []
+    for version in range(1, 8):
+        far.check(receiver, far.publish(version))
+        seen.append(far.sender._store.num_keys())
+    assert seen[-1] - seen[2] <= len(seen) - 3, "one each: call/n"
