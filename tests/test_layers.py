@@ -77,6 +77,17 @@ def test_import_table() -> None:
     assert not wrong, "\n".join(wrong)
 
 
+def test_one_module_knows_cuda() -> None:
+    """Whatever depends on the device stands in device.py; others may say its name."""
+    asked = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in sorted(ROOT.rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.cuda"
+    ]
+    assert asked and all(place.startswith("device.py:") for place in asked), asked
+
+
 def test_config_is_light() -> None:
     import subprocess
     import sys

@@ -28,7 +28,7 @@ from torch.distributed import distributed_c10d as c10d
 from transformers.integrations import HfDeepSpeedConfig
 
 from ppo_dist.config.workers import AdamW, LearnerSection
-from ppo_dist.device import DTYPES, DeviceKind, backend
+from ppo_dist.device import DTYPES, DeviceKind, available, backend
 from ppo_dist.learner import shards
 
 M = TypeVar("M", bound=nn.Module)
@@ -70,7 +70,7 @@ def _limit_waits(deadline_s: float) -> None:
 def _zero_config(learner: LearnerSection, max_grad_norm: float = 0.0) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": learner.zero_stage}
     if learner.offload == "cpu":
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": available() == "cuda"}
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,

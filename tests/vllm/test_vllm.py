@@ -63,14 +63,14 @@ def engine() -> Iterator[Any]:
     llm.llm_engine.engine_core.shutdown()
 
 
-def work(version: int, step: int = 0) -> list[Chunk]:
+def work(version: int, step: int = 0, temperature: float = 1.0, prefix: str = "") -> list[Chunk]:
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    texts = [f"{n} + {n} =" for n in range(5)]
+    texts = [f"{prefix}{n} + {n} =" for n in range(5)]
     prompts = [
         Prompt(f"p:{n}", "verifiable", text, np.array(tokenizer(text).input_ids))
         for n, text in enumerate(texts)
     ]
-    return chunks(prompts, 3, 8, step, version, Sampling(1.0, 12, 0, "train"))
+    return chunks(prompts, 3, 8, step, version, Sampling(temperature, 12, 0, "train"))
 
 
 def named(lm: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -103,25 +103,71 @@ def test_an_engine_that_loads_all_weights_proves_it(engine: Any, lm: PreTrainedM
         assert gap(engine.generate(chunk), lm) < AGREEMENT
 
 
+def test_every_response_has_a_seed_of_its_own(engine: Any, lm: PreTrainedModel) -> None:
+    engine.load(1, named(lm).items())
+    drawn = [
+        [tuple(r.tokens_R) for chunk in work(1, step) for r in engine.generate(chunk)]
+        for step in (0, 0, 1)
+    ]
+    assert drawn[0] == drawn[1], "the same again"
+    assert sum(one == other for one, other in zip(drawn[0], drawn[2], strict=True)) < 5
+    groups = [drawn[0][at : at + 3] for at in range(0, 15, 3)]
+    assert all(len(set(group)) > 1 for group in groups), groups
+
+
+def test_log_probabilities_are_those_of_the_temperature(engine: Any, lm: PreTrainedModel) -> None:
+    engine.load(1, named(lm).items())
+    for chunk in work(1, temperature=0.7):
+        assert gap(engine.generate(chunk), lm, temperature=0.7) < AGREEMENT
+
+
+def test_a_prompt_that_was_read_before_is_read_anew_by_new_weights(engine: Any) -> None:
+    """Longer than the blocks of vLLM's prefix cache, so that it would be found there."""
+    lm, prefix = load_policy(str(MODEL), torch.float32), "One and two are three. " * 30
+    for version in (1, 2):
+        engine.load(version, named(lm).items())
+        for chunk in work(version, prefix=prefix):
+            assert len(chunk.requests[0].prompt.tokens_P) > 150
+            assert gap(engine.generate(chunk), lm) < 10 * AGREEMENT
+        with torch.no_grad():
+            for parameter in lm.parameters():
+                parameter.mul_(1.02)
+
+
 @pytest.mark.parametrize("part", ["embed_tokens", "layers.7.mlp.down_proj"])
-def test_one_that_does_not_is_found_out(engine: Any, part: str) -> None:
+def test_one_that_does_not_is_found_out(
+    engine: Any, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def forgetful(version: int, weights: NamedTensors) -> None:
         engine.load(version, [(name, tensor) for name, tensor in weights if part not in name])
 
+    monkeypatch.setattr(engine, "_names", frozenset())  # as before its first load
     with pytest.raises(WeightsError, match="does not load"):
         prove_loading(forgetful, engine.scores, load_policy(str(MODEL), torch.float32))
 
 
-def gap(rollouts: Sequence[Rollout], lm: PreTrainedModel) -> float:
+def test_every_version_must_have_all_that_the_first_one_had(
+    engine: Any, lm: PreTrainedModel
+) -> None:
+    engine.load(1, named(lm).items())
+    part = "model.layers.7.mlp.down_proj.weight"
+    some = {name: tensor for name, tensor in named(lm).items() if name != part}
+    with pytest.raises(RuntimeError, match=f"half of version 2 is loaded: {part}: not sent"):
+        engine.load(2, some.items())
+    with pytest.raises(ValueError, match="version None is loaded"):
+        engine.generate(work(2)[0])
+
+
+def gap(rollouts: Sequence[Rollout], lm: PreTrainedModel, temperature: float = 1.0) -> float:
     """The largest difference of a token's log-probability from what a model says, in nats."""
-    return max(float(np.abs(_said(lm, r) - r.logprobs_R).max()) for r in rollouts)
+    return max(float(np.abs(_said(lm, r, temperature) - r.logprobs_R).max()) for r in rollouts)
 
 
 @torch.no_grad()
-def _said(lm: PreTrainedModel, rollout: Rollout) -> np.ndarray:
+def _said(lm: PreTrainedModel, rollout: Rollout, temperature: float) -> np.ndarray:
     prompt, tokens_R = rollout.prompt.tokens_P, torch.as_tensor(rollout.tokens_R)
     row = torch.cat([torch.as_tensor(prompt), tokens_R])[None]
-    logits = lm(input_ids=row).logits[0, len(prompt) - 1 : -1].float()
+    logits = lm(input_ids=row).logits[0, len(prompt) - 1 : -1].float() / temperature
     return logits.log_softmax(-1).gather(-1, tokens_R[:, None])[:, 0].numpy()
 
 
