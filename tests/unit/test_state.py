@@ -73,12 +73,6 @@ def test_seal_takes_the_place_of_an_older_folder(sealed: Path, tmp_path: Path) -
     assert [p.name for p in tmp_path.iterdir()] == ["step-1"]
 
 
-def test_link_or_copy(tmp_path: Path) -> None:
-    (tmp_path / "one").write_text("content")
-    files.link_or_copy(str(tmp_path / "one"), str(tmp_path / "two"))
-    assert (tmp_path / "two").read_text() == "content"
-
-
 def written(run: Path, keep: int, steps: range) -> list[Path]:
     checkpoints = Checkpoints(run, keep)
     return [
