@@ -101,21 +101,25 @@ def damage(folder: Path, is_quick: bool = False) -> str | None:
         expected = {str(name): (told["bytes"], told["sha256"]) for name, told in listed.items()}
     except (OSError, ValueError, RecursionError, AttributeError, LookupError, TypeError):
         return f"{folder.name}: {MANIFEST} is missing or unreadable"
-    found = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*"))}
-    for name, path in found.items():
-        if path.is_symlink():
-            return f"{folder.name}: {name} is a link"
-        if not path.is_dir() and name not in expected and name != MANIFEST:
-            return f"{folder.name}: {name} is not in {MANIFEST}"
-    for name, (size, digest) in expected.items():
-        if ".." in name.split("/") or name.startswith("/"):
-            return f"{folder.name}: {name} is not inside the folder"
-        if name not in found or not found[name].is_file():
-            return f"{folder.name}: {name} is missing"
-        if found[name].stat().st_size != size:
-            return f"{folder.name}: {name} is damaged (its size differs)"
-        if not is_quick and _digest(found[name]) != digest:
-            return f"{folder.name}: {name} is damaged (its checksum differs)"
+    name = "a folder in it"
+    try:
+        found = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*"))}
+        for name, path in found.items():
+            if path.is_symlink():
+                return f"{folder.name}: {name} is a link"
+            if not path.is_dir() and name not in expected and name != MANIFEST:
+                return f"{folder.name}: {name} is not in {MANIFEST}"
+        for name, (size, digest) in expected.items():
+            if ".." in name.split("/") or name.startswith("/"):
+                return f"{folder.name}: {name} is not inside the folder"
+            if name not in found or not found[name].is_file():
+                return f"{folder.name}: {name} is missing"
+            if found[name].stat().st_size != size:
+                return f"{folder.name}: {name} is damaged (its size differs)"
+            if not is_quick and _digest(found[name]) != digest:
+                return f"{folder.name}: {name} is damaged (its checksum differs)"
+    except OSError as error:  # a bad sector
+        return f"{folder.name}: {name} cannot be read ({error.strerror})"
     return None
 
 
