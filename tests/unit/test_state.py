@@ -168,6 +168,17 @@ def test_reading_a_damaged_checkpoint_says_what_is_wrong(tmp_path: Path) -> None
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("step", "5"), ("step", None), ("step", -5), ("version", 1.0), ("skipped", True)],
+)
+def test_a_state_of_other_types_says_which(tmp_path: Path, name: str, value: object) -> None:
+    content = {"run": {"step": 5, "best": 1, name: value}, "parts": {}}
+    (tmp_path / "state.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match=f"state.json is not of this version: {name} is {value!r}"):
+        read_state(tmp_path, is_whole=True)
+
+
 def lines(folder: Path, name: str) -> list[dict]:
     return [json.loads(line) for line in (folder / name).read_text().split("\n")[:-1]]
 
