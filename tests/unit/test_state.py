@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -200,6 +201,25 @@ def test_rows_are_written_as_they_come(tmp_path: Path) -> None:
     assert lines(tmp_path, "samples.jsonl") == [
         {"step": step, "response": f"é{i}"} for step in (1, 2) for i in range(2)
     ]
+
+
+def test_a_step_that_is_logged_outlives_the_power(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a checkpoint comes after is not made again."""
+    kept: dict[int, int] = {}
+
+    def fsync(descriptor: int) -> None:
+        status = os.fstat(descriptor)
+        kept[status.st_ino] = status.st_size
+
+    tracker = JsonLines(tmp_path, None)
+    monkeypatch.setattr(os, "fsync", fsync)
+    tracker.table(1, [{"response": "a"}])
+    tracker.log(1, {"reward": 0.5})
+    written = [(tmp_path / f"{name}.jsonl").stat() for name in ("samples", "metrics")]
+    assert kept == {status.st_ino: status.st_size for status in written}
+    tracker.close()
 
 
 def test_a_resumed_run_drops_the_rows_after_its_checkpoint(tmp_path: Path) -> None:
