@@ -131,7 +131,8 @@ class RemoteWorker:
         """See Worker."""
         with contextlib.suppress(RayActorError):
             ray.kill(self._actor)
-        self._places.give_back(self._slot)
+        if self._lent is None:  # else the learners are there too
+            self._places.give_back(self._slot)
 
     def _call(self, answer: ray.ObjectRef, deadline_s: float) -> Any:
         try:
