@@ -267,3 +267,24 @@ def test_without_room_for_them_it_goes_on_as_it_was(
     (told,) = [e for e in read_rows(folder / "events.jsonl") if e["event"] == "rescale_refused"]
     assert told["learners"] == 64 and told["reason"] == "the cluster is too small"
     assert Scale.of(folder) == Scale(rollout_workers=2)
+
+
+@pytest.mark.parametrize(("asked", "begins_with"), [(1, 1), (5, 3)])
+def test_new_workers_are_no_more_than_were_asked_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, asked: int, begins_with: int
+) -> None:
+    """Fewer may be all that there is room for; more come when there is."""
+    cluster, seen = Cluster("update 4"), []
+    real = cluster.workers
+
+    @contextlib.contextmanager
+    def workers(config: Config, model_path: str, resume: Path | None) -> Iterator[Any]:
+        seen.append(config.rollout.workers)
+        with real(config, model_path, resume) as parts:
+            Scale(rollout_workers=asked).ask(tmp_path)
+            yield parts
+
+    cluster.workers = workers  # type: ignore[method-assign]
+    limits = {"kind": "ray", "backoff_s": 0}
+    assert run(monkeypatch, cluster, tmp_path, limits=limits, rollout={"workers": 3}) == "done"
+    assert seen == [3, begins_with]
