@@ -87,12 +87,12 @@ class RemoteWorker:
 
     def wait(self) -> None:
         """Waits until the actor is there. Raises WorkerError."""
-        self._call(self._actor.__ray_ready__.remote(), self._config.cluster.start_deadline_s)
+        self._tried(self._actor.__ray_ready__.remote(), self._config.cluster.start_deadline_s)
 
     def probe(self, weights: Weights) -> None:
         """Takes weights from end to end without a model. Raises WorkerError."""
         deadline_s = self._config.transport.deadline_s
-        self._call(self._actor.probe.remote(weights, deadline_s), 2 * deadline_s)
+        self._tried(self._actor.probe.remote(weights, deadline_s), 2 * deadline_s)
 
     def start(self, anew: bool = False) -> None:
         """See Worker."""
@@ -133,6 +133,17 @@ class RemoteWorker:
             ray.kill(self._actor)
         if self._lent is None:  # else the learners are there too
             self._places.give_back(self._slot)
+
+    def _tried(self, answer: ray.ObjectRef, deadline_s: float) -> None:
+        """One that says what is wrong is not lost: another in its place would say so too."""
+        try:
+            self._call(answer, deadline_s)
+        except WorkerError as error:
+            why = error.__cause__
+            has_told = isinstance(why, RayTaskError) or (
+                isinstance(why, RayActorError) and why.actor_init_failed
+            )
+            raise WorkerError(str(error), error.is_lost and not has_told) from why
 
     def _call(self, answer: ray.ObjectRef, deadline_s: float) -> Any:
         try:
