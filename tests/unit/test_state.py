@@ -7,11 +7,15 @@ import os
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from ppo_dist import files
-from ppo_dist.config.base import InputError
+from ppo_dist.config import Config, InputError
 from ppo_dist.coordinator.state import Checkpoints, RunState, read_state
+from ppo_dist.learner import shards
+from ppo_dist.run import _starting_point
 from ppo_dist.tracking.local import JsonLines, read_rows, record_event
+from tests.conftest import raw_config
 
 
 @pytest.fixture
@@ -167,6 +171,24 @@ def test_reading_a_damaged_checkpoint_says_what_is_wrong(tmp_path: Path) -> None
     assert str(error.value) == (
         f"cannot resume from {folder}: step-00000001: weights.bin is missing"
     )
+
+
+@pytest.mark.parametrize(("step", "is_later"), [(2, True), (4, False), (5, False)])
+def test_going_on_from_before_the_best_policy_sets_it_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, is_later: bool
+) -> None:
+    """Else the summary would name an earlier step than its."""
+    chosen = written(tmp_path, 9, range(1, 6))[step - 1]
+    tracker = JsonLines(tmp_path, None)
+    for at, accuracy in enumerate([0.1, 0.3, None, 0.5, 0.5], start=1):
+        tracker.log(at, {"eval/held_out/accuracy": accuracy})
+    tracker.close()
+    (tmp_path / "policy-best").mkdir()
+    monkeypatch.setattr(shards, "ranks", lambda _: 1)
+    config = Config.model_validate(raw_config(tmp_path))
+    _starting_point(config, tmp_path, chosen, Console(quiet=True))
+    assert (tmp_path / "policy-best").exists() != is_later
+    assert (tmp_path / "abandoned-policy-best").exists() == is_later
 
 
 @pytest.mark.parametrize(
