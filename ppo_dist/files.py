@@ -10,19 +10,12 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 MANIFEST = "manifest.json"
 WRITING, OLD = ".writing", ".old"
 DISK_FAULTS = [os.strerror(n) for n in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)]
 TORCH_WRITER = "inline_container.cc"  # all that torch says of a file that it could not write
-
-
-def link_or_copy(source: str, target: str) -> None:
-    """A hard link where the file system has them, else a copy."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
 
 
 @contextlib.contextmanager
@@ -104,26 +97,39 @@ def damage(folder: Path, is_quick: bool = False) -> str | None:
     """
     manifest = folder / MANIFEST
     try:  # a pipe in its place would never end
-        sums = json.loads(manifest.read_text(encoding="utf-8") if manifest.is_file() else "")
-        expected = {str(name): (told["bytes"], told["sha256"]) for name, told in sums.items()}
+        listed = json.loads(manifest.read_text(encoding="utf-8") if manifest.is_file() else "")
+        expected = {str(name): (told["bytes"], told["sha256"]) for name, told in listed.items()}
     except (OSError, ValueError, RecursionError, AttributeError, LookupError, TypeError):
         return f"{folder.name}: {MANIFEST} is missing or unreadable"
-    found = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*"))}
-    for name, path in found.items():
-        if path.is_symlink():
-            return f"{folder.name}: {name} is a link"
-        if not path.is_dir() and name not in expected and name != MANIFEST:
-            return f"{folder.name}: {name} is not in {MANIFEST}"
-    for name, (size, digest) in expected.items():
-        if ".." in name.split("/") or name.startswith("/"):
-            return f"{folder.name}: {name} is not inside the folder"
-        if name not in found or not found[name].is_file():
-            return f"{folder.name}: {name} is missing"
-        if found[name].stat().st_size != size:
-            return f"{folder.name}: {name} is damaged (its size differs)"
-        if not is_quick and _digest(found[name]) != digest:
-            return f"{folder.name}: {name} is damaged (its checksum differs)"
+    name = "a folder in it"
+    try:
+        found = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*"))}
+        for name, path in found.items():
+            if path.is_symlink():
+                return f"{folder.name}: {name} is a link"
+            if not path.is_dir() and name not in expected and name != MANIFEST:
+                return f"{folder.name}: {name} is not in {MANIFEST}"
+        for name, (size, digest) in expected.items():
+            if ".." in name.split("/") or name.startswith("/"):
+                return f"{folder.name}: {name} is not inside the folder"
+            if name not in found or not found[name].is_file():
+                return f"{folder.name}: {name} is missing"
+            if found[name].stat().st_size != size:
+                return f"{folder.name}: {name} is damaged (its size differs)"
+            if not is_quick and _digest(found[name]) != digest:
+                return f"{folder.name}: {name} is damaged (its checksum differs)"
+    except OSError as error:  # a bad sector
+        return f"{folder.name}: {name} cannot be read ({error.strerror})"
     return None
+
+
+def sums(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and checksum of each file of a folder, by its name in there."""
+    return {
+        p.relative_to(folder).as_posix(): {"bytes": p.stat().st_size, "sha256": _digest(p)}
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
+    }
 
 
 def disk_fault(error: BaseException) -> str | None:
@@ -144,13 +150,9 @@ def disk_fault(error: BaseException) -> str | None:
 
 
 def _seal(made: Path) -> None:
-    files = sorted(p for p in made.rglob("*") if p.is_file())
-    sums = {
-        p.relative_to(made).as_posix(): {"bytes": p.stat().st_size, "sha256": _digest(p)}
-        for p in files
-    }
-    manifest = made / MANIFEST
-    manifest.write_text(json.dumps(sums, indent=1), encoding="utf-8")
+    told = sums(made)
+    files, manifest = [made / name for name in told], made / MANIFEST
+    manifest.write_text(json.dumps(told, indent=1), encoding="utf-8")
     for path in [*files, manifest, *{p.parent for p in files}, made]:
         _flush(path)
 

@@ -19,6 +19,7 @@ from ppo_dist.coordinator.ahead import Ahead
 from ppo_dist.coordinator.evaluate import Evaluator
 from ppo_dist.coordinator.experience import Experience
 from ppo_dist.coordinator.loop import Loop, Memory, Outcome, Parts
+from ppo_dist.coordinator.scale import Scale
 from ppo_dist.coordinator.state import Checkpoints, RunState, read_state
 from ppo_dist.coordinator.stream import Stream
 from ppo_dist.coordinator.unlabelled import Probe, Unlabelled
@@ -148,8 +149,9 @@ class Journey:
         interrupted: Callable[[], bool],
     ) -> tuple[Outcome, Loop]:
         config, loop = self.config, None
+        begins_with = Scale.of(Path(config.run.dir)).at_start(config)
         try:
-            with build.workers(config, self.model_path, checkpoint) as workers:
+            with build.workers(begins_with, self.model_path, checkpoint) as workers:
                 if self.lost_at is not None and pending is None:
                     seconds = round(time.monotonic() - self.lost_at, 3)
                     self._tell("learners_rebuilt", state.step, seconds=seconds)

@@ -195,5 +195,6 @@ class RolloutPool(Protocol):
 
     def resize(self, workers: int) -> None:
         """Has so many workers from now on, where that can be changed: more begin beside what goes
-        on, those too many end once they are idle. The numbers of a run do not depend on it.
+        on, those too many end once they are idle. The numbers of a run do not depend on it. Whoever
+        is left out stays out until another number is asked for.
         """

@@ -21,6 +21,10 @@ from ppo_dist.protocols import Tracker
 from ppo_dist.tracking.local import record_event
 
 
+class LostTooOften(RunError):
+    """Learners were lost too often without a newer checkpoint in between, or have no room now."""
+
+
 @dataclass(frozen=True)
 class Start:
     """Where a run begins or goes on: the learners' checkpoint, if any, and what the coordinator
@@ -61,7 +65,8 @@ class Recovery:
 
     def run(self, start: Start, interrupted: Callable[[], bool]) -> tuple[Outcome, Loop]:
         """To the last step or a stop. Where the number of learners is to change at a checkpoint,
-        the run goes on from there with others, or with those of before if there is no room.
+        the run goes on from there with others, or with those of before if there is no room or the
+        others come to no checkpoint.
 
         Raises:
             InputError: a start does not go with this config and this data, or the cluster does not.
@@ -72,8 +77,8 @@ class Recovery:
         while True:
             try:
                 outcome, loop = self._lasting(config, start, interrupted)
-            except InputError as error:
-                if before is None:
+            except (InputError, LostTooOften) as error:
+                if before is None or self._newest(start) is not start:
                     raise
                 self._refuse(config, str(error))
                 config, before = before, None
@@ -97,14 +102,14 @@ class Recovery:
                 start = self._newest(before)
                 lost = lost + 1 if start is before else 1
                 if lost > cluster.restarts:
-                    raise RunError(
+                    raise LostTooOften(
                         f"{error} ({lost} times lost without a newer checkpoint in between)"
                     ) from error
                 time.sleep(cluster.backoff_s * 2 ** (lost - 1))
             except InputError as error:
                 if lost_at is None:
                     raise
-                raise RunError(f"after learners were lost: {error}") from error
+                raise LostTooOften(f"after learners were lost: {error}") from error
 
     def _journey(
         self, config: Config, start: Start, lost_at: float | None, interrupted: Callable[[], bool]

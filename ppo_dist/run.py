@@ -17,7 +17,7 @@ from rich.console import Console
 from ppo_dist import build, files
 from ppo_dist.config import Config, InputError, RunError
 from ppo_dist.config.load import dump, read_yaml
-from ppo_dist.coordinator.loop import Loop, Outcome
+from ppo_dist.coordinator.loop import BEST, Loop, Outcome
 from ppo_dist.coordinator.scale import SCALE
 from ppo_dist.coordinator.state import CHECKPOINTS, Checkpoints, RunState, read_state
 from ppo_dist.journey import encode
@@ -29,6 +29,7 @@ from ppo_dist.tracking.console import Losable, Several, Terminal, summary
 from ppo_dist.tracking.local import JsonLines, read_rows, record_event
 
 CONFIG, SUMMARY = "config.yaml", "summary.json"
+ACCURACY = "eval/held_out/accuracy"
 # a run can be resumed with other values of every key but these
 FIXED = (
     "model",
@@ -172,9 +173,22 @@ def _starting_point(config: Config, folder: Path, resume: bool | Path, console: 
     state, parts = read_state(chosen, is_whole=not isinstance(resume, Path))
     learners = shards.ranks(chosen / "policy")
     console.print(f"resuming from {chosen}, written by {learners} learner(s)")
-    for name in Checkpoints(folder, config.train.keep_checkpoints).set_aside_after(state.step):
+    for name in _set_aside_after(state.step, folder, config):
         console.print(f"set aside: {name}")
     return Start(chosen, state, parts)
+
+
+def _set_aside_after(step: int, folder: Path, config: Config) -> list[str]:
+    """Renames the checkpoints of later steps, and the best policy if it is of one: the metrics
+    still have its evaluation. Returns the new names.
+    """
+    moved = Checkpoints(folder, config.train.keep_checkpoints).set_aside_after(step)
+    rows = [row for row in read_rows(folder / "metrics.jsonl") if row.get(ACCURACY) is not None]
+    best, policy = max(rows, key=lambda row: row[ACCURACY], default=None), folder / BEST
+    if best is not None and best["step"] > step and policy.exists():
+        files.replace(policy, folder / f"abandoned-{BEST}")
+        moved.append(f"abandoned-{BEST}")
+    return moved
 
 
 def _compare(before: dict[str, Any], config: Config) -> None:
@@ -220,7 +234,7 @@ def _finish(folder: Path, state: RunState, console: Console) -> None:
     evaluations = [
         {key: value for key, value in row.items() if key == "step" or key.startswith("eval/")}
         for row in rows
-        if row.get("eval/held_out/accuracy") is not None
+        if row.get(ACCURACY) is not None
     ]
     written = {
         "steps": state.step,

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ppo_dist.config import Config, InputError
+from ppo_dist.config import Config, InputError, WorkersLost
 from ppo_dist.protocols import WeightReceiver, WeightSender
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ def preflight(config: Config, ranks: RayRanks, workers: Sequence[RemoteWorker]) 
 
     Raises:
         InputError: it does not arrive; names the worker and the reason.
+        WorkersLost: a worker died or hung meanwhile.
     """
     with ThreadPoolExecutor(len(workers)) as threads:
         _came(config, [threads.submit(worker.wait) for worker in workers])
@@ -78,10 +79,11 @@ def _came(config: Config, answers: Sequence[Future[None]]) -> None:
         try:
             answer.result()
         except WorkerError as error:
-            raise InputError(
+            kind = WorkersLost if error.is_lost else InputError
+            raise kind(
                 f"transport.kind {config.transport.kind}: rollout worker {number} did not get a "
                 f"megabyte from the learners: {error}"
-            ) from None
+            ) from error.__cause__
 
 
 def _folder(config: Config) -> Path:

@@ -88,12 +88,12 @@ class RemoteWorker:
 
     def wait(self) -> None:
         """Waits until the actor is there. Raises WorkerError."""
-        self._call(self._actor.__ray_ready__.remote(), self._config.cluster.start_deadline_s)
+        self._tried(self._actor.__ray_ready__.remote(), self._config.cluster.start_deadline_s)
 
     def probe(self, weights: Weights) -> None:
         """Takes weights from end to end without a model. Raises WorkerError."""
         limits = self._config.transport
-        self._call(self._actor.probe.remote(weights, limits.half_s), limits.deadline_s)
+        self._tried(self._actor.probe.remote(weights, limits.half_s), limits.deadline_s)
 
     def start(self, anew: bool = False) -> None:
         """See Worker."""
@@ -132,7 +132,19 @@ class RemoteWorker:
         """See Worker."""
         with contextlib.suppress(RayActorError):
             ray.kill(self._actor)
-        self._places.give_back(self._slot)
+        if self._lent is None:  # else the learners are there too
+            self._places.give_back(self._slot)
+
+    def _tried(self, answer: ray.ObjectRef, deadline_s: float) -> None:
+        """One that says what is wrong is not lost: another in its place would say so too."""
+        try:
+            self._call(answer, deadline_s)
+        except WorkerError as error:
+            why = error.__cause__
+            has_told = isinstance(why, RayTaskError) or (
+                isinstance(why, RayActorError) and why.actor_init_failed
+            )
+            raise WorkerError(str(error), error.is_lost and not has_told) from why
 
     def _call(self, answer: ray.ObjectRef, deadline_s: float) -> Any:
         try:

@@ -39,6 +39,7 @@ from ppo_dist.tracking.metrics import WORKERS, Row, Stopwatch, keys, step_row, t
 from ppo_dist.types import MixPlan, Rollout, Sampling, Scored, TrainSequence
 
 PUBLISH_ATTEMPTS = 3
+BEST = "policy-best"  # in a run folder
 Outcome = Literal["done", "interrupted", "stopped", "roll_back", "rescale"]
 
 
@@ -261,7 +262,7 @@ class Loop:
             accuracy = row["eval/held_out/accuracy"]
             if accuracy is not None and (self.state.best is None or accuracy > self.state.best):
                 self.state = replace(self.state, best=accuracy, best_step=self.state.step)
-                self._parts.learners.save(policy=self._folder / "policy-best")
+                self._parts.learners.save(policy=self._folder / BEST)
         if self._parts.test is not None and self.state.step == self._config.train.steps:
             row |= self._evaluated(self._parts.test, watch)
         return row

@@ -41,3 +41,11 @@ class Scale:
     def changes_learners(self, config: Config) -> bool:
         """Whether it takes others than a config has."""
         return self.learners not in (None, config.learner.workers)
+
+    def at_start(self, config: Config) -> Config:
+        """A config with no more rollout workers than are asked for. Those beyond the config's come
+        later: there may be no room for them yet.
+        """
+        workers = min(self.rollout_workers or config.rollout.workers, config.rollout.workers)
+        changed = config.rollout.model_copy(update={"workers": workers})
+        return config.model_copy(update={"rollout": changed})

@@ -103,8 +103,17 @@ def read_state(checkpoint: Path, is_whole: bool = False) -> tuple[RunState, dict
         raise InputError(f"cannot resume from {checkpoint}: {problem}")
     try:
         content = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-        return RunState(**content["run"]), dict(content["parts"])
+        return _typed(RunState(**content["run"])), dict(content["parts"])
     except (OSError, ValueError, RecursionError, LookupError, TypeError) as error:
         raise InputError(
             f"cannot resume from {checkpoint}: {STATE} is not of this version: {error}"
         ) from None
+
+
+def _typed(state: RunState) -> RunState:
+    for name, value in vars(state).items():
+        if value is None and name in ("best", "best_step"):
+            continue
+        if type(value) not in ((int, float) if name == "best" else (int,)) or value < 0:
+            raise TypeError(f"{name} is {value!r}")
+    return state

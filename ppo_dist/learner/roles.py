@@ -7,13 +7,14 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from ppo_dist import device, files
-from ppo_dist.config import Config
+from ppo_dist.config import Config, RunError
 from ppo_dist.learner import shards
 from ppo_dist.learner.engine import ZeroEngine, barrier, frozen, model_dtype, sharded
 from ppo_dist.learner.flops import Cost
@@ -57,6 +58,7 @@ class Roles:
         self.reference: Callable[..., PolicyOutput] | None = None
         self.critic: ZeroEngine | None = None
         self._reference_folder: Path | None = None
+        self._reference_sums: dict[str, dict[str, Any]] = {}  # as rank 0 has written it
         if resume is not None:
             self._resume(resume)
 
@@ -83,9 +85,7 @@ class Roles:
         if self._rank == 0 and self._reinforced:
             (folder / REINFORCED).touch()
         if self._rank == 0 and self._reference_folder is not None:
-            shutil.copytree(
-                self._reference_folder, folder / "reference", copy_function=files.link_or_copy
-            )
+            self._copy_reference(self._reference_folder, folder / "reference")
         save_file({"state": torch.get_rng_state()}, folder / LAST_FILE.format(self._rank))
         barrier()
 
@@ -140,7 +140,8 @@ class Roles:
             folder = Path(self._config.run.dir) / "reference"
             self.save_policy(folder)
             current = str(folder)
-            self._reference_folder = folder if self._resets_reference else None
+            if self._resets_reference:
+                self._own_reference(folder)
         self._load_reference(current if self._resets_reference else self._initial_reference)
         if self._config.algorithm.has_critic and not self.shares_trunk:
             self.critic = self._load_critic(self._config.critic.path or current)
@@ -167,7 +168,7 @@ class Roles:
         self._reinforced = (folder / REINFORCED).exists()
         if self._reinforced:
             if (folder / "reference").exists():
-                self._reference_folder = self._own_reference(folder / "reference")
+                self._restore_reference(folder / "reference")
             self._load_reference(str(self._reference_folder or self._initial_reference))
         if (folder / "critic").exists():
             self.critic = self._load_critic(self._config.critic.path or self._model_path)
@@ -184,15 +185,29 @@ class Roles:
         if not is_same:
             torch.manual_seed(int(torch.randint(2**62, ())) + self._rank)
 
-    def _own_reference(self, kept: Path) -> Path:
-        """A checkpoint's reference as the run's own: checkpoints come and go."""
+    def _restore_reference(self, kept: Path) -> None:
+        """Makes a checkpoint's reference the run's own: checkpoints come and go."""
         folder = Path(self._config.run.dir) / "reference"
         if self._rank == 0:
             with files.aside(folder) as made:
-                copy = files.link_or_copy
-                shutil.copytree(kept, made, copy_function=copy, dirs_exist_ok=True)
+                shutil.copytree(kept, made, dirs_exist_ok=True)
         barrier()
-        return folder
+        self._own_reference(folder)
+
+    def _own_reference(self, folder: Path) -> None:
+        self._reference_folder = folder
+        if self._rank == 0:
+            self._reference_sums = files.sums(folder)
+
+    def _copy_reference(self, folder: Path, target: Path) -> None:
+        """A copy, since a link would have one flipped bit spoil all checkpoints.
+
+        Raises:
+            RunError: the reference is not what was written; an older checkpoint has it.
+        """
+        shutil.copytree(folder, target)
+        if files.sums(target) != self._reference_sums:
+            raise RunError(f"{folder}: the reference is damaged on the disk")
 
     def _write_policy(self, folder: Path, state: dict[str, torch.Tensor]) -> None:
         with files.aside(folder) as made:

@@ -152,7 +152,7 @@ class Members:
             return
         self._tell(member, "failed", version=version, reason=str(error))
         if error.is_final:
-            self._tell(member, "left_out", reason=str(error))
+            self._leave_out(member, str(error))
         elif lost:
             member.lost_at = member.lost_at or time.monotonic()
             self._apart(self._restart, member)
@@ -186,9 +186,13 @@ class Members:
             member.life = life.left_out() if pause is None else life.restarted()
             self.changed.notify_all()
         if pause is None:
-            self._tell(member, "left_out", reason=self.last_reason)
+            self._leave_out(member, self.last_reason)
         else:
             self._start(member)
+
+    def _leave_out(self, member: Member, reason: str) -> None:
+        member.worker.end()
+        self._tell(member, "left_out", reason=reason)
 
     def _start(self, member: Member) -> None:
         life = member.life

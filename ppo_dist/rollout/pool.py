@@ -44,6 +44,7 @@ class Pool:
         """
         self._weights: dict[int, Weights] = {}
         self._keep, self._takes_turns, self._late_s = keep, takes_turns, late_s
+        self._asked = len(workers)
         self._prepare, self._another = prepare, another
         self._threads, self._senders = self._executors(len(workers))
         self._underway: dict[int, list[Future[Done]]] = {}
@@ -55,10 +56,11 @@ class Pool:
 
     def resize(self, workers: int) -> None:
         """See RolloutPool."""
+        if self._another is None or workers == self._asked:
+            return
+        self._asked = workers
         with self._members.changed:
             stay = [m for m in self._members.all if not (m.life.is_out or m.leaves)]
-        if self._another is None or len(stay) == workers:
-            return
         for _ in range(workers - len(stay)):
             self._members.add(self._another())
         # rather those that serve nothing, and then the latest

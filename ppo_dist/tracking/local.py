@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,12 +26,17 @@ class JsonLines:
         self._samples = (folder / "samples.jsonl").open("a", encoding="utf-8")
 
     def log(self, step: int, metrics: Mapping[str, float | None]) -> None:
-        """See Tracker. JSON has no NaN: what is not finite is null here, and an alert elsewhere."""
+        """See Tracker. JSON has no NaN: what is not finite is null here, and an alert elsewhere.
+
+        All rows so far are on the disk then: a checkpoint that comes next has them behind it.
+        """
         finite = {
             name: value if value is None or math.isfinite(value) else None
             for name, value in metrics.items()
         }
         _write(self._metrics, {"step": step, **finite})
+        for file in (self._samples, self._metrics):
+            os.fsync(file.fileno())
 
     def table(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """See Tracker."""

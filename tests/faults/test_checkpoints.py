@@ -77,7 +77,7 @@ def test_every_file_is_watched(whole: Path, tmp_path: Path, harm: str) -> None:
             continue  # it is empty: there is nothing to harm
         folder = tmp_path / "run"
         copied = folder / "checkpoints" / "step-00000004"
-        shutil.copytree(newest, copied)  # files of their own: the run's are linked to each other
+        shutil.copytree(newest, copied)
         shutil.copytree(newest.with_name("step-00000003"), copied.with_name("step-00000003"))
         do(copied / name)
         if name.name == files.MANIFEST:
@@ -103,6 +103,21 @@ def test_without_a_whole_one_there_is_no_resuming(whole: Path, tmp_path: Path) -
     with pytest.raises(InputError, match="run: no checkpoint is whole"):
         run(raw(folder), resume=True)
     assert len(list((folder / "checkpoints").iterdir())) == 4, "they are left as they are"
+
+
+def test_a_reference_that_rots_spoils_no_checkpoint(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither those that hold it already nor the next, and the run gets it back from them."""
+    folder = tmp_path / "run"
+    reference = folder / "reference" / "model.safetensors"
+    with monkeypatch.context() as patched:
+        when(patched, LearnerWorker, "save_checkpoint", 3, lambda: flip(reference))
+        with pytest.raises(RunError, match="run/reference: the reference is damaged on the disk"):
+            run(raw(folder))
+    assert Checkpoints(folder, 9).newest_whole() == (folder / "checkpoints" / "step-00000002", [])
+    assert run(raw(folder), resume=True) == 0
+    assert numbers(folder) == numbers(whole)
 
 
 @pytest.fixture

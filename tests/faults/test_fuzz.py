@@ -324,7 +324,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @st.composite
 def harms(draw: st.DrawFn) -> tuple[str, int, int, Any]:
-    kinds = ["flip", "cut", "grow", "delete", "link", "extra", "manifest", "state", "state", "none"]
+    kinds = ["flip", "cut", "grow", "delete", "link", "extra", "manifest", "state", "run", "none"]
     return (
         draw(st.sampled_from(kinds)),
         draw(st.integers(0, 99)),
@@ -365,8 +365,12 @@ def harm(folder: Path, kind: str, which: int, where: int, value: Any) -> None:
         case "manifest":
             sums = json.loads((folder / files.MANIFEST).read_text())
             (folder / files.MANIFEST).write_text(json.dumps(_mutated(sums, where, value)))
-        case "state":  # and sealed again, as if somebody had meant it
-            state = _mutated(json.loads((folder / "state.json").read_text()), where, value)
+        case "state" | "run":  # and sealed again, as if somebody had meant it
+            state = json.loads((folder / "state.json").read_text())
+            if kind == "state":
+                state = _mutated(state, where, value)
+            else:
+                state["run"][list(state["run"])[where % len(state["run"])]] = value
             (folder / "state.json").write_text(json.dumps(state))
             (folder / files.MANIFEST).unlink()
             files._seal(folder)
@@ -386,9 +390,12 @@ def test_checkpoints(tmp_path: Path, checkpoint: Path, count: int) -> None:
             state, parts = read_state(folder)
             rig = Rig(tmp_path / "other", stream={"max_lag": 1})
             Start(folder, state, parts).recall(rig.memory)
+            checkpoints = Checkpoints(tmp_path / "run", 2)
+            checkpoints.of_step(state.best_step), checkpoints.set_aside_after(state.step)
         except InputError as error:
             return refused(error)
-        assert done[0] in ("none", "state") or files.damage(checkpoint) == files.damage(folder)
+        is_sealed = done[0] in ("none", "state", "run")
+        assert is_sealed or files.damage(checkpoint) == files.damage(folder)
 
     with only_in(tmp_path):
         fuzz(count, check, harms())

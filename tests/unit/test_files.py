@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable
@@ -150,6 +151,24 @@ def test_pruning_counts_whole_checkpoints_alone(tmp_path: Path, harm: str) -> No
     assert steps(tmp_path) == [1, 2, 3]
     write(tmp_path, 2, 4)
     assert steps(tmp_path) == [3, 4], "and it does not stay for ever"
+
+
+@pytest.mark.parametrize("where", ["weights.bin", "a folder in it"])
+def test_an_older_checkpoint_is_tried_where_the_disk_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    older, newer = write(tmp_path, 2, 1), write(tmp_path, 2, 2)
+    owner, name = (files, "_digest") if where == "weights.bin" else (Path, "rglob")
+    real = vars(owner)[name]
+
+    def read(path: Path, *args: Any) -> Any:
+        if path in (newer, newer / "weights.bin"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(path, *args)
+
+    monkeypatch.setattr(owner, name, read)
+    problem = f"step-00000002: {where} cannot be read (Input/output error)"
+    assert Checkpoints(tmp_path, 2).newest_whole() == (older, [problem])
 
 
 def test_the_best_outlives_the_newest(tmp_path: Path) -> None:

@@ -420,6 +420,25 @@ def test_more_workers_are_given_the_newest_version_and_share_the_work() -> None:
     assert len(workers) == 3
 
 
+@pytest.mark.parametrize("restarts", [0, 1])
+def test_nobody_comes_for_one_that_is_left_out_until_another_number_is_asked_for(
+    restarts: int,
+) -> None:
+    """Else the budget of restarts would end nothing."""
+    made, workers, events = pool(2, limits=Cluster(backoff_s=0, restarts=restarts))
+    assert made.load(Weights(1, ()))
+    made.resize(2)
+    workers[0].breaks, workers[0].crashes = restarts == 0, 100
+    made.collect(made.submit(work(1)[:2]))
+    eventually(lambda: events[-1]["event"] == LEFT_OUT)
+    assert workers[0].ends == 1, "its place is free"
+    made.resize(2)
+    assert len(workers) == 2
+    made.resize(3)
+    assert len(workers) == 4
+    made.close()
+
+
 def test_a_worker_leaves_when_it_is_done_and_gets_nothing_more() -> None:
     made, workers, events = pool(3)
     assert made.load(Weights(1, ()))

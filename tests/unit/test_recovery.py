@@ -67,13 +67,15 @@ class Cluster:
 
     def __init__(self, *deaths: str) -> None:
         self.deaths, self.calls, self.starts = set(deaths), {}, 0  # type: ignore[var-annotated]
-        self.no_room_at = -1
+        self.no_room_at, self.dies_at = -1, range(0)
 
     @contextlib.contextmanager
     def workers(self, config: Config, model_path: str, resume: Path | None) -> Iterator[Any]:
         self.starts += 1
         if self.starts == self.no_room_at:
             raise InputError("the cluster is too small")
+        if self.starts in self.dies_at:
+            raise WorkersLost("learners: rank 1: out of memory")
         learners = Mortal(self.deaths, self.calls)
         if resume is not None:
             learners.restore(resume)
@@ -267,3 +269,56 @@ def test_without_room_for_them_it_goes_on_as_it_was(
     (told,) = [e for e in read_rows(folder / "events.jsonl") if e["event"] == "rescale_refused"]
     assert told["learners"] == 64 and told["reason"] == "the cluster is too small"
     assert Scale.of(folder) == Scale(rollout_workers=2)
+
+
+@pytest.mark.parametrize(
+    ("dies_at", "no_room_at", "reason"),
+    [
+        (range(2, 5), -1, "out of memory (3 times lost without a newer checkpoint in between)"),
+        (range(2, 3), 3, "after learners were lost: the cluster is too small"),
+    ],
+)
+def test_where_they_come_to_no_checkpoint_it_goes_on_as_it_was(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dies_at: range, no_room_at: int, reason: str
+) -> None:
+    assert run(monkeypatch, Cluster(), tmp_path / "plain") == "done"
+    folder, cluster = tmp_path / "scaled", Cluster()
+    folder.mkdir()
+    Scale(learners=2).ask(folder)
+    cluster.dies_at, cluster.no_room_at = dies_at, no_room_at
+    assert run(monkeypatch, cluster, folder) == "done"
+    assert numbers(folder) == numbers(tmp_path / "plain")
+    (told,) = [e for e in read_rows(folder / "events.jsonl") if e["event"] == "rescale_refused"]
+    assert told["learners"] == 2 and told["reason"].endswith(reason)
+
+
+def test_those_that_came_to_a_checkpoint_stay(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """They are lost in step 5, after a checkpoint of their own."""
+    cluster = Cluster("update 5", "update 6", "update 7")
+    Scale(learners=2).ask(tmp_path)
+    with pytest.raises(RunError, match="3 times lost"):
+        run(monkeypatch, cluster, tmp_path)
+    assert "rescale_refused" not in [e["event"] for e in events(tmp_path)]
+
+
+@pytest.mark.parametrize(("asked", "begins_with"), [(1, 1), (5, 3)])
+def test_new_workers_are_no_more_than_were_asked_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, asked: int, begins_with: int
+) -> None:
+    """Fewer may be all that there is room for; more come when there is."""
+    cluster, seen = Cluster("update 4"), []
+    real = cluster.workers
+
+    @contextlib.contextmanager
+    def workers(config: Config, model_path: str, resume: Path | None) -> Iterator[Any]:
+        seen.append(config.rollout.workers)
+        with real(config, model_path, resume) as parts:
+            Scale(rollout_workers=asked).ask(tmp_path)
+            yield parts
+
+    cluster.workers = workers  # type: ignore[method-assign]
+    limits = {"kind": "ray", "backoff_s": 0}
+    assert run(monkeypatch, cluster, tmp_path, limits=limits, rollout={"workers": 3}) == "done"
+    assert seen == [3, begins_with]

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from ppo_dist import files
-from ppo_dist.config.base import InputError
+from ppo_dist.config import Config, InputError
 from ppo_dist.coordinator.state import Checkpoints, RunState, read_state
+from ppo_dist.learner import shards
+from ppo_dist.run import _starting_point
 from ppo_dist.tracking.local import JsonLines, read_rows, record_event
+from tests.conftest import raw_config
 
 
 @pytest.fixture
@@ -71,12 +76,6 @@ def test_seal_takes_the_place_of_an_older_folder(sealed: Path, tmp_path: Path) -
     assert (sealed / "state.json").read_text() == "[1]"
     assert not (sealed / "inner").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["step-1"]
-
-
-def test_link_or_copy(tmp_path: Path) -> None:
-    (tmp_path / "one").write_text("content")
-    files.link_or_copy(str(tmp_path / "one"), str(tmp_path / "two"))
-    assert (tmp_path / "two").read_text() == "content"
 
 
 def written(run: Path, keep: int, steps: range) -> list[Path]:
@@ -174,6 +173,35 @@ def test_reading_a_damaged_checkpoint_says_what_is_wrong(tmp_path: Path) -> None
     )
 
 
+@pytest.mark.parametrize(("step", "is_later"), [(2, True), (4, False), (5, False)])
+def test_going_on_from_before_the_best_policy_sets_it_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, is_later: bool
+) -> None:
+    """Else the summary would name an earlier step than its."""
+    chosen = written(tmp_path, 9, range(1, 6))[step - 1]
+    tracker = JsonLines(tmp_path, None)
+    for at, accuracy in enumerate([0.1, 0.3, None, 0.5, 0.5], start=1):
+        tracker.log(at, {"eval/held_out/accuracy": accuracy})
+    tracker.close()
+    (tmp_path / "policy-best").mkdir()
+    monkeypatch.setattr(shards, "ranks", lambda _: 1)
+    config = Config.model_validate(raw_config(tmp_path))
+    _starting_point(config, tmp_path, chosen, Console(quiet=True))
+    assert (tmp_path / "policy-best").exists() != is_later
+    assert (tmp_path / "abandoned-policy-best").exists() == is_later
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("step", "5"), ("step", None), ("step", -5), ("version", 1.0), ("skipped", True)],
+)
+def test_a_state_of_other_types_says_which(tmp_path: Path, name: str, value: object) -> None:
+    content = {"run": {"step": 5, "best": 1, name: value}, "parts": {}}
+    (tmp_path / "state.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match=f"state.json is not of this version: {name} is {value!r}"):
+        read_state(tmp_path, is_whole=True)
+
+
 def lines(folder: Path, name: str) -> list[dict]:
     return [json.loads(line) for line in (folder / name).read_text().split("\n")[:-1]]
 
@@ -195,6 +223,25 @@ def test_rows_are_written_as_they_come(tmp_path: Path) -> None:
     assert lines(tmp_path, "samples.jsonl") == [
         {"step": step, "response": f"é{i}"} for step in (1, 2) for i in range(2)
     ]
+
+
+def test_a_step_that_is_logged_outlives_the_power(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a checkpoint comes after is not made again."""
+    kept: dict[int, int] = {}
+
+    def fsync(descriptor: int) -> None:
+        status = os.fstat(descriptor)
+        kept[status.st_ino] = status.st_size
+
+    tracker = JsonLines(tmp_path, None)
+    monkeypatch.setattr(os, "fsync", fsync)
+    tracker.table(1, [{"response": "a"}])
+    tracker.log(1, {"reward": 0.5})
+    written = [(tmp_path / f"{name}.jsonl").stat() for name in ("samples", "metrics")]
+    assert kept == {status.st_ino: status.st_size for status in written}
+    tracker.close()
 
 
 def test_a_resumed_run_drops_the_rows_after_its_checkpoint(tmp_path: Path) -> None:
