@@ -371,12 +371,13 @@ def check_rollout_worker(
 
 @pytest.mark.slow
 def test_a_rollout_worker_that_always_dies(rig: Rig, whole: Any) -> None:
+    left_alone = whole(0)  # first, while nothing is struck
     rig.blow = Blow(signal.SIGKILL, None)
     rig.in_rollout_workers(while_generating)
     allowed = {"cluster": {"restarts": 1, "backoff_s": 0.1}}
     with pytest.raises(RunError, match=r"rollout workers: (none is left|a chunk failed 3 times)"):
         rig.run("struck", **allowed)
-    check_goes_on(rig, whole(0))
+    check_goes_on(rig, left_alone)
 
 
 @pytest.mark.slow
@@ -421,12 +422,13 @@ def check_learner(
 
 @pytest.mark.slow
 def test_learners_that_always_die(rig: Rig, whole: Any) -> None:
+    left_alone = whole(0)
     rig.blow = Blow(signal.SIGKILL, None)
     rig.in_learner(in_first_step)
     with pytest.raises(RunError, match=r"rank 1: .*died.* \(2 times lost without a newer"):
         rig.run("struck", cluster={"restarts": 1, "backoff_s": 0.1})
     assert len(rig.events("struck", "learners_lost")) == 2
-    check_goes_on(rig, whole(0))
+    check_goes_on(rig, left_alone)
 
 
 def check_goes_on(rig: Rig, whole: Callable[[str], list[dict[str, Any]]]) -> None:
@@ -442,9 +444,10 @@ def test_a_version_that_only_a_dead_worker_had(rig: Rig, whole: Any) -> None:
     """By collective broadcast a version comes once: with the only worker it is gone, and the run
     goes on from its last checkpoint.
     """
+    left_alone = whole(0)
     rig.in_rollout_workers(while_generating)
     assert rig.run("struck", transport={"kind": "collective"}) == 0
     for file in ("metrics.jsonl", "samples.jsonl"):
-        assert rig.rows("struck", file) == whole(0)(file), file
+        assert rig.rows("struck", file) == left_alone(file), file
     (lost,) = rig.events("struck", "learners_lost")
     assert "none has version 1 any more" in lost["reason"]
