@@ -18,6 +18,7 @@ PROGRAMS = {
     # a step is a group of processes; SIGTERM to srun itself ends them
     "srun": """
         while [[ $1 == --* ]]; do shift; done
+        [ "$1" != rm ] || echo "$@" >> "$AT/removed"
         setsid "$@" & step=$!
         echo $step >> "$AT/steps"
         trap 'kill -KILL -- -$step' TERM
@@ -137,3 +138,6 @@ def test_a_run_is_told_once_and_ray_outlives_it(tmp_path: Path, to: str) -> None
             os.killpg(int(number), signal.SIGTERM)
     assert process.wait(30) == 130
     assert job.lines("told") == ["TERM"] and job.was_requeued
+    scratch = f"/tmp/ray-{job.number}"
+    assert not Path(scratch).exists() and not list(tmp_path.glob(".slurm-*"))
+    assert job.lines("removed") == [f"rm -rf {scratch}"], "on the other node"

@@ -55,9 +55,10 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def left_of(job: str) -> list[str]:
-    """Command lines of processes that belong to a job's Ray."""
+    """Command lines of processes that belong to a job's Ray, and what its folder has."""
+    folder = Path(f"/tmp/ray-{job}")
     lines = [" ".join(p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"])]
-    return [line for line in lines if f"/tmp/ray-{job}" in line]
+    return [line for line in (*lines, *map(str, folder.glob("*"))) if str(folder) in line]
 
 
 def test_preempted_thrice_it_equals_an_uninterrupted_run(cluster: Slurm, tmp_path: Path) -> None:
