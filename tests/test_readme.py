@@ -20,23 +20,33 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_tree_names_every_module_and_no_other() -> None:
-    tree = README[README.index("```\nppo_dist/\n") :]
-    listed: set[str] = set()
-    folder = ""
-    for line in tree.splitlines()[2:]:
-        found = re.match(r"( +)(\S+)  ", line)
-        if not found:
-            break
-        name = found[2]
-        if len(found[1]) == 2:
-            folder = name if name.endswith("/") else ""
-        listed.add(name if len(found[1]) == 2 else folder + name)
-    package = ROOT / "ppo_dist"
-    modules = {str(p.relative_to(package)) for p in package.rglob("*.py")}
-    expected = {m for m in modules if not m.endswith("__init__.py")}
-    expected |= {f"{p.name}/" for p in package.iterdir() if (p / "__init__.py").exists()}
-    assert listed == expected
+def listed_in_the_tree() -> set[str]:
+    """Paths of files and, with a slash, folders, by their indentation."""
+    tree = README[README.index("```\nppo_dist/\n") + 4 :]
+    found: set[str] = set()
+    way: list[str] = []
+    for line in tree[: tree.index("```")].splitlines():
+        name = line.split()[0]
+        way[(len(line) - len(line.lstrip())) // 2 :] = [name]
+        assert all(folder.endswith("/") for folder in way[:-1]), line
+        found.add("".join(way))
+    return found
+
+
+def test_the_tree_names_every_file_and_no_other() -> None:
+    """But for packages' marks, and what is only data: of it the folder may be named."""
+    listed = listed_in_the_tree()
+    tops = {name.split("/")[0] for name in listed}
+    assert tops == {"ppo_dist", "launch", "configs", "docker", "docs", "tests"}
+    data = {".json", ".csv", ".png", ".patch", ".pyc", ".typed"}
+    there = {
+        str(path.relative_to(ROOT))
+        for top in tops
+        for path in (ROOT / top).rglob("*")
+        if path.is_file() and path.suffix not in data and path.name != "__init__.py"
+    }
+    assert {name for name in listed if not name.endswith("/")} == there
+    assert all((ROOT / name).is_dir() for name in listed if name.endswith("/"))
 
 
 def test_its_config_loads(tmp_path: Path) -> None:
