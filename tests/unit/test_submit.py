@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
 
 from ppo_dist import follow
+from ppo_dist import submit as module
 from ppo_dist.cli import main
 from ppo_dist.config import Config
 from ppo_dist.follow import LAST_WORD, Follower, exit_code
@@ -110,6 +113,80 @@ def test_its_shell_outlives_a_stop_and_tells_how_the_run_ended(path: Path, tmp_p
     os.killpg(process.pid, signal.SIGTERM)
     assert process.wait(10) == 130
     assert process.stdout.read() == f"{LAST_WORD}130\n"
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What is given to Ray's client, job by job."""
+    jobs: list[dict[str, Any]] = []
+
+    def submit_job(**arguments: Any) -> str:
+        jobs.append(arguments)
+        return "job-1"
+
+    @contextlib.contextmanager
+    def connected(address: str) -> Iterator[SimpleNamespace]:
+        yield SimpleNamespace(submit_job=submit_job)
+
+    monkeypatch.setattr(module, "_connected", connected)
+    return jobs
+
+
+@pytest.mark.parametrize(
+    ("options", "cpus", "gpus", "memory"),
+    [
+        ([], None, None, None),
+        (["--entrypoint-cpus=2", "--entrypoint-gpus=0.5"], 2.0, 0.5, None),
+        (["--entrypoint-memory", "1.5"], None, None, 1_500_000_000),
+    ],
+)
+def test_its_resources_reach_the_job(
+    path: Path,
+    sent: list[dict[str, Any]],
+    options: list[str],
+    cpus: float | None,
+    gpus: float | None,
+    memory: int | None,
+) -> None:
+    assert main(["submit", str(path), "--working-dir", str(path.parent), *options]) == 0
+    [job] = sent
+    assert (job["entrypoint_num_cpus"], job["entrypoint_num_gpus"]) == (cpus, gpus)
+    assert job["entrypoint_memory"] == memory and type(job["entrypoint_memory"]) is type(memory)
+
+
+@pytest.mark.parametrize(
+    ("package", "there", "is_refused"),
+    [
+        ("", "", False),
+        ("torch", "2.13.0+cu130", False),
+        ("torch", "2.9.0", True),
+        ("ray", "2.59.0", True),
+        ("ppo_dist", "0.0.9", True),
+    ],
+)
+def test_a_cluster_of_other_versions_refuses_the_run(
+    path: Path,
+    sent: list[dict[str, Any]],
+    package: str,
+    there: str,
+    is_refused: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    own = {"ppo_dist": "0.1.0", "ray": "2.60.0", "torch": "2.13.0+cpu"}
+    monkeypatch.setattr(module, "version", own.__getitem__)
+    assert main(["submit", str(path), "--working-dir", str(path.parent)]) == 0
+    [job] = sent
+    for name in (module.SENT_WITH, "RAY_JOB_STOP_WAIT_TIME_S"):
+        monkeypatch.setenv(name, job["runtime_env"]["env_vars"][name])
+    monkeypatch.setattr(module, "version", (own | {package: there}).__getitem__)
+    capsys.readouterr()
+    assert main(["train", str(path), "data.labelled=nowhere.jsonl"]) == 2
+    [line] = capsys.readouterr().err.strip().splitlines()
+    if is_refused:
+        assert f"{package} {own[package].split('+')[0]}" in line and f"{package} {there}" in line
+    else:
+        assert "nowhere.jsonl" in line
 
 
 class Broken:
