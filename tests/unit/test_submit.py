@@ -221,3 +221,65 @@ def test_a_log_is_taken_up_where_it_broke(
         assert said.out == f"one\ntwo\nthree\n{LAST_WORD}130\n"
     else:
         assert "lost sight of job-1: gone" in said.err and "ray job logs" in said.out
+
+
+class Interrupted:
+    """A client at whose log somebody presses Ctrl-C so many times before its end."""
+
+    def __init__(self, times: int, refuses: bool) -> None:
+        self.times, self.refuses = times, refuses
+        self.stopped: list[str] = []
+
+    async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
+        yield "step 1\n"
+        if self.times:
+            self.times -= 1
+            raise KeyboardInterrupt
+        yield f"{LAST_WORD}0\n"
+
+    def stop_job(self, job: str) -> None:
+        self.stopped.append(job)
+        if self.refuses:
+            raise RuntimeError("it is gone")
+
+    def get_job_info(self, job: str) -> SimpleNamespace:
+        status = SimpleNamespace(is_terminal=lambda: True, value="SUCCEEDED")
+        return SimpleNamespace(status=status, driver_exit_code=0, message="done")
+
+
+@pytest.mark.parametrize(
+    ("answer", "times", "refuses", "code", "stopped", "words"),
+    [
+        ("n", 1, False, 130, [], "ray job stop"),
+        ("", 1, False, 130, [], "ray job stop"),
+        (None, 1, False, 130, [], "ray job stop"),
+        ("y", 1, False, 0, ["job-1"], "stopping after a checkpoint"),
+        ("y", 1, True, 0, ["job-1"], "job-1 was not stopped: it is gone"),
+        ("y", 2, False, 130, ["job-1"], "ray job stop"),
+    ],
+)
+def test_ctrl_c(
+    answer: str | None,
+    times: int,
+    refuses: bool,
+    code: int,
+    stopped: list[str],
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Without a terminal (None) nobody is asked, and the run is left alone."""
+    asked: list[str] = []
+
+    def ask(question: str) -> str:
+        asked.append(question)
+        return answer or ""
+
+    monkeypatch.setattr(follow.sys, "stdin", SimpleNamespace(isatty=lambda: answer is not None))
+    monkeypatch.setattr("builtins.input", ask)
+    client = Interrupted(times, refuses)
+    assert Follower(client, "job-1", NOBODY).to_the_end() == code
+    assert client.stopped == stopped and len(asked) == (answer is not None)
+    said = capsys.readouterr()
+    assert words in said.out + said.err
+    assert said.out.count("step 1\n") == 1
