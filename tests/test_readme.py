@@ -111,3 +111,21 @@ def test_troubleshooting_names_keys_and_metrics_that_exist(tmp_path: Path) -> No
     assert len(metrics) > 5
     for metric in metrics:
         assert metric in known or metric.startswith("reward/"), metric
+
+
+def test_troubleshooting_quotes_messages_as_they_are() -> None:
+    """Those of our own, which a reader searches the page for."""
+    page = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    files = [*(ROOT / "ppo_dist").rglob("*.py"), *(ROOT / "launch").glob("*.s*")]
+    code = re.sub(r'"\s+f?"', "", " ".join(path.read_text(encoding="utf-8") for path in files))
+    for words in (
+        "no Ray job server can be reached there",
+        "refuses this token",
+        "needs a token",
+        "this run was sent with",
+        "and the cluster has",
+        "the working directory is larger than the cluster takes",
+        "nodes have joined the Ray cluster after 300 s",
+        "the cluster is too small",
+    ):
+        assert words in page and words in code, words
