@@ -122,7 +122,7 @@ def test_its_exit_code_is_the_runs(cluster: Slurm, tmp_path: Path) -> None:
 
 
 def test_cancelled_it_stays_so(cluster: Slurm, tmp_path: Path) -> None:
-    job = submitted(cluster, written(tmp_path))
+    job = submitted(cluster, written(tmp_path), "--cpus-per-task=2")
     wait_for(lambda: len(rows(tmp_path)) > 1, 240)
     cluster.command("scancel", job)
     wait_for(lambda: not cluster.command("squeue", "--noheader"), 60)
