@@ -44,6 +44,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 source "$root/launch/ray.sh"
 use_token find
 listen_on "${head%:*}"
+SECONDS=0 # an installation does not count
 until ray health-check --address "$head" > /dev/null 2>&1; do
   [ "$SECONDS" -lt "$wait" ] || die "$head: no Ray head answers after $wait s, or the token is not its own (RAY_AUTH_TOKEN)"
   sleep 1

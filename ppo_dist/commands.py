@@ -13,6 +13,7 @@ from ppo_dist.config.load import load
 
 def train(arguments: argparse.Namespace) -> int:
     """Trains a policy, or checks that it could."""
+    submission.check_versions()
     config = load(arguments.config, arguments.overrides)
     from rich.console import Console
 

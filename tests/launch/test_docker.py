@@ -5,6 +5,8 @@ clean root.
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -43,6 +45,30 @@ def test_the_image_is_not_roots_and_looks_after_itself() -> None:
     last = steps[max(n for n, (word, _) in enumerate(steps) if word == "FROM") :]
     assert dict(last)["USER"] not in ("0", "root")
     assert "launch/health.sh" in dict(last)["HEALTHCHECK"]
+
+
+def commands(text: str, program: str) -> list[list[str]]:
+    """Command lines of a program, in words; a backslash joins lines."""
+    lines = re.sub(r"\\\n#?", " ", text).splitlines()
+    found = [line.lstrip("# ") for line in lines]
+    return [shlex.split(line, comments=True) for line in found if line.startswith(program)]
+
+
+def test_the_commands_that_are_shown_can_be_run_as_they_are() -> None:
+    readme = (ROOT / "README.md").read_text()
+    builds = [*commands(DOCKERFILE.read_text(), "docker build"), *commands(readme, "docker build")]
+    arguments = {name for word, name in image.instructions(DOCKERFILE) if word == "ARG"}
+    assert len(builds) == 3
+    for words in builds:
+        assert words[-1] == "." and "..." not in " ".join(words)
+        given = [words[n + 1].split("=")[0] for n, w in enumerate(words) if w == "--build-arg"]
+        assert set(given) <= {name.split("=")[0] for name in arguments}
+    [run] = commands(readme, "docker run")
+    shared = run[run.index("-v") + 1].split(":")[1]
+    assert run[run.index("-w") + 1] == shared, "paths of a config are relative"
+    assert run[run.index("-e") + 1] == "WANDB_API_KEY", "by name: a value would be seen by all"
+    config = run[run.index("train") + 1]
+    assert config == "mine.yaml" and run[-3:] == ["ppo-dist", "train", config]
 
 
 @pytest.mark.slow

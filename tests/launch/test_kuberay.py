@@ -26,6 +26,11 @@ QUANTITY = r"([+-]?[0-9.]+)([eEinumkKMGTP]*[-+]?[0-9]*)"
 LABEL = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?"
 VARIABLE = r"[-._a-zA-Z][-._a-zA-Z0-9]*"
 LONGEST_JOB_NAME = 47  # KubeRay adds to it
+PROBES = {  # those that need no token: Ray's own head and agent
+    "ray-head": {"path": "/api/gcs_healthz", "port": 8265},
+    "ray-worker": {"path": "/api/local_raylet_healthz", "port": 52365},
+}
+SECRETS = {"WANDB_API_KEY": "wandb-api-key", "HF_TOKEN": "hf-token"}
 UNITS = {"": 1.0, "m": 1e-3, "Ki": 2.0**10, "Mi": 2.0**20, "Gi": 2.0**30, "Ti": 2.0**40}
 
 Object = dict[str, Any]
@@ -86,6 +91,10 @@ def faults(made: dict[str, Object]) -> list[str]:
     found = [f"{e.json_path}: {e.message}" for e in jobs.iter_errors(job)]
     found += [e.message for e in clusters.iter_errors({"spec": cluster})]
     found += repeated(job, jobs.schema)
+    if cluster.get("authOptions", {}).get("mode") != "token":
+        found.append("whoever reaches the cluster may use it: no token")
+    if f"\nray=={cluster['rayVersion']}\n" not in (ROOT / "docker/constraints.txt").read_text():
+        found.append(f"rayVersion {cluster['rayVersion']}: not what is installed")
     names = [each["metadata"]["name"] for each in made.values()]
     names += [group["groupName"] for group in cluster["workerGroupSpecs"]]
     for pod in pods(job).values():
@@ -110,6 +119,11 @@ def faults_of_pod(pod: Object, made: dict[str, Object]) -> Iterator[str]:
         for mount in container["volumeMounts"]:
             if mount["name"] not in volumes:
                 yield f"{mount['name']}: no such volume"
+        for probe in ("readinessProbe", "livenessProbe"):
+            asked = container[probe]["httpGet"]
+            if any(asked[key] != value for key, value in PROBES[container["name"]].items()):
+                yield f"{probe} of {container['name']}: {asked}"
+        yield from faults_of_secrets(container["env"])
         names = [variable["name"] for variable in container["env"]]
         if len(set(names)) < len(names):
             yield f"{names}: twice the same variable"
@@ -126,8 +140,33 @@ def faults_of_pod(pod: Object, made: dict[str, Object]) -> Iterator[str]:
             yield "more requested than the limit"
 
 
+def faults_of_secrets(env: list[Object]) -> Iterator[str]:
+    name, made = secret()
+    values = {variable["name"]: variable.get("valueFrom", {}) for variable in env}
+    for variable, key in SECRETS.items():
+        from_secret = values.get(variable, {}).get("secretKeyRef", {})
+        if (from_secret.get("name"), from_secret.get("key")) != (name, key) or key not in made:
+            yield f"{variable}: not from the secret that the README makes"
+
+
+def commands(text: str) -> list[str]:
+    """Lines that call kubectl, in their order."""
+    lines = [re.sub(r" +#.*", "", line.lstrip("# ")) for line in text.splitlines()]
+    return [line for line in lines if re.match(r"(until )?kubectl ", line)]
+
+
+def secret() -> tuple[str, list[str]]:
+    """Name and keys of the secret that the README makes."""
+    [line] = [c for c in commands((ROOT / "README.md").read_text()) if " create secret " in c]
+    words = line.split()
+    return words[4], re.findall(r"--from-literal=([\w-]+)=", line)
+
+
 def test_nothing_is_wrong() -> None:
     assert faults(objects()) == []
+
+
+GONE = object()
 
 
 def put(path: str, value: Any) -> Any:
@@ -136,12 +175,16 @@ def put(path: str, value: Any) -> Any:
         node: Any = made["RayJob"]["spec"]
         for part in way:
             node = node[int(part)] if isinstance(node, list) else node[part]
-        node[int(last) if isinstance(node, list) else last] = value
+        if value is GONE:
+            del node[int(last) if isinstance(node, list) else last]
+        else:
+            node[int(last) if isinstance(node, list) else last] = value
 
     return change
 
 
 HEAD = "rayClusterSpec/headGroupSpec/template/spec"
+WORKER = "rayClusterSpec/workerGroupSpecs/1/template/spec"
 
 
 @pytest.mark.parametrize(
@@ -158,6 +201,13 @@ HEAD = "rayClusterSpec/headGroupSpec/template/spec"
         (put(f"{HEAD}/containers/0/volumeMounts/0/name", "share"), "no such volume"),
         (put(f"{HEAD}/volumes/0/persistentVolumeClaim/claimName", "mine"), "no such Pers"),
         (put(f"{HEAD}/containers/0/readinessProbe/httpGet/prot", 1), "prot"),
+        (put(f"{HEAD}/containers/0/livenessProbe/httpGet/path", "/"), "livenessProbe of ray-head"),
+        (put(f"{WORKER}/containers/0/livenessProbe/httpGet/port", 1), "livenessProbe of ray-w"),
+        (put("rayClusterSpec/authOptions", GONE), "no token"),
+        (put("rayClusterSpec/rayVersion", "2.59.0"), "rayVersion 2.59.0"),
+        (put(f"{HEAD}/containers/0/env/0", GONE), "WANDB_API_KEY: not from the secret"),
+        (put(f"{WORKER}/containers/0/env/1/valueFrom/secretKeyRef/name", "mine"), "HF_TOKEN: not"),
+        (put(f"{WORKER}/containers/0/env/1/valueFrom/secretKeyRef/key", "token"), "HF_TOKEN: not"),
     ],
 )
 def test_a_fault_is_found(change: Any, words: str) -> None:
@@ -189,6 +239,24 @@ def test_its_run_fits_its_pods() -> None:
         assert Path(run.run.dir).is_relative_to(mounted[claim])
         assert mounted[memory] == "/dev/shm"
         assert {"readinessProbe", "livenessProbe"} <= container.keys()
+
+
+def test_the_commands_that_are_shown(tmp_path: Path) -> None:
+    """README and the file's head show the same; the log's waits until there is one."""
+    shown = commands((ROOT / "README.md").read_text())
+    head = commands((ROOT / "launch" / "kuberay.yaml").read_text())
+    assert len(shown) == 3 and head[:3] == shown
+    assert shown[1] == "kubectl apply -f launch/kuberay.yaml"
+    assert f"job/{objects()['RayJob']['metadata']['name']};" in shown[2]
+    for name, text in {
+        "kubectl": 'echo x >> "$AT/asked"; [ $(wc -l < "$AT/asked") -eq 3 ] && echo "$@"',
+        "sleep": "exit 0",
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "AT": str(tmp_path)}
+    done = subprocess.run(["bash", "-c", shown[2]], env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == "logs --follow job/ppo-dist\n"
 
 
 @pytest.mark.parametrize(("code", "seen"), [(0, 0), (1, 1), (2, 2), (3, 0), (130, 130)])

@@ -49,3 +49,44 @@ def test_a_worker_needs_the_heads_token(tmp_path: Path) -> None:
     )
     assert result.returncode == 2
     assert "RAY_AUTH_TOKEN" in result.stderr and str(tmp_path) in result.stderr
+
+
+def with_fake_ray(folder: Path, installs_s: int) -> dict[str, str]:
+    """Copies of the scripts that start Ray, after an installation that takes so long, and an
+    environment whose `ray` writes down how it is started. Its head answers the second time.
+    """
+    launch = folder / "launch"
+    launch.mkdir()
+    for name in ("ray.sh", "ray_head.sh", "ray_worker.sh"):
+        shutil.copy(ROOT / "launch" / name, launch / name)
+    (launch / "setup.sh").write_text(f"root={folder}\nsleep {installs_s}\n")
+    ray = folder / "ray"
+    ray.write_text(
+        "#!/bin/bash\n"
+        'if [ "$1" = start ]; then echo "$@" > "$AT/started"; exit; fi\n'
+        '[ -f "$AT/asked" ] || { touch "$AT/asked"; exit 1; }\n'
+    )
+    ray.chmod(0o755)
+    env = environment(folder / "home")
+    more = {"PATH": f"{folder}:{env['PATH']}", "AT": str(folder), "RAY_AUTH_TOKEN": "t"}
+    return env | more
+
+
+def test_a_worker_waits_for_the_head_from_when_it_is_installed(tmp_path: Path) -> None:
+    env = with_fake_ray(tmp_path, installs_s=3)
+    worker = [str(tmp_path / "launch" / "ray_worker.sh"), "127.0.0.1:1", "--wait=2"]
+    result = subprocess.run(worker, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "--address 127.0.0.1:1" in (tmp_path / "started").read_text()
+
+
+@pytest.mark.parametrize("script", ["ray_head.sh", "ray_worker.sh"])
+def test_in_a_step_of_slurm_a_node_has_the_cpus_of_the_step(tmp_path: Path, script: str) -> None:
+    env = with_fake_ray(tmp_path, installs_s=0) | {"PPO_DIST_HEAD_ADDRESS": "127.0.0.1"}
+    for step, words in (
+        ({}, ""),
+        ({"SLURM_STEP_ID": "1", "SLURM_CPUS_ON_NODE": "7"}, "--num-cpus 7"),
+    ):
+        subprocess.run([tmp_path / "launch" / script], env=env | step, check=True)
+        started = (tmp_path / "started").read_text()
+        assert ("--num-cpus" in started) == bool(step) and words in started

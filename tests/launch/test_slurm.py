@@ -55,13 +55,16 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def left_of(job: str) -> list[str]:
-    """Command lines of processes that belong to a job's Ray."""
+    """Command lines of processes that belong to a job's Ray, and what its folder has."""
+    folder = Path(f"/tmp/ray-{job}")
     lines = [" ".join(p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"])]
-    return [line for line in lines if f"/tmp/ray-{job}" in line]
+    return [line for line in (*lines, *map(str, folder.glob("*"))) if str(folder) in line]
 
 
-def test_preempted_twice_it_equals_an_uninterrupted_run(cluster: Slurm, tmp_path: Path) -> None:
-    """Once with a warning, as before a time limit, and once without."""
+def test_preempted_thrice_it_equals_an_uninterrupted_run(cluster: Slurm, tmp_path: Path) -> None:
+    """With a warning to its script, as before a time limit, with one to its steps alone, as of a
+    GraceTime, and without.
+    """
     config = written(tmp_path)
     job = submitted(cluster, config, "--nodes=2", "--exclusive")
     log = tmp_path / f"slurm-{job}.out"
@@ -73,19 +76,24 @@ def test_preempted_twice_it_equals_an_uninterrupted_run(cluster: Slurm, tmp_path
         assert cluster.job(job)["JobState"] in ("RUNNING", "PENDING", "COMPLETING"), why()
         return len(rows(tmp_path)) >= steps
 
-    wait_for(lambda: further(4), 180, why)
+    def warned(*words: str) -> None:
+        done, restarts = len(rows(tmp_path)), int(cluster.job(job)["Restarts"]) + 1
+        wait_for(lambda: further(done + 4), 180, why)
+        assert token.stat().st_mode & 0o777 == 0o600 and token.read_text() not in log.read_text()
+        cluster.command("scancel", *words, job)
+        wait_for(lambda: cluster.job(job)["Restarts"] == str(restarts), 60, why)
+        events = (tmp_path / "run" / "events.jsonl").read_text()
+        assert events.count('"interrupted"') == restarts and len(rows(tmp_path)) < STEPS
+        wait_for(lambda: cluster.job(job)["JobState"] == "PENDING", 60, why)
+        assert not token.exists() and not left_of(job)
+
     token = tmp_path / f".slurm-{job}.token"
-    assert token.stat().st_mode & 0o777 == 0o600 and token.read_text() not in log.read_text()
-    cluster.command("scancel", "--batch", "--signal=TERM", job)
-    wait_for(lambda: cluster.job(job)["Restarts"] == "1", 60, why)
+    warned("--batch", "--signal=TERM")
+    warned("--signal=TERM")
     done = len(rows(tmp_path))
-    events = (tmp_path / "run" / "events.jsonl").read_text()
-    assert '"interrupted"' in events and done < STEPS
-    wait_for(lambda: cluster.job(job)["JobState"] == "PENDING", 60, why)
-    assert not token.exists() and not left_of(job)
     wait_for(lambda: further(done + 7), 180, why)
     cluster.command("scontrol", "requeue", job)
-    wait_for(lambda: cluster.job(job)["Restarts"] == "2", 60, why)
+    wait_for(lambda: cluster.job(job)["Restarts"] == "3", 60, why)
     wait_for(lambda: cluster.job(job)["JobState"] == "COMPLETED", 240, why)
     assert cluster.job(job)["ExitCode"] == "0:0"
     assert not token.exists() and not left_of(job)
@@ -114,7 +122,7 @@ def test_its_exit_code_is_the_runs(cluster: Slurm, tmp_path: Path) -> None:
 
 
 def test_cancelled_it_stays_so(cluster: Slurm, tmp_path: Path) -> None:
-    job = submitted(cluster, written(tmp_path))
+    job = submitted(cluster, written(tmp_path), "--cpus-per-task=2")
     wait_for(lambda: len(rows(tmp_path)) > 1, 240)
     cluster.command("scancel", job)
     wait_for(lambda: not cluster.command("squeue", "--noheader"), 60)

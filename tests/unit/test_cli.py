@@ -7,8 +7,28 @@ from typing import Any
 
 import pytest
 
-from ppo_dist import commands
-from ppo_dist.cli import main
+from ppo_dist import commands as do
+from ppo_dist.cli import _parser, main
+
+LINES = 40  # a screen
+
+
+def commands() -> list[str]:
+    """All that `ppo-dist` knows."""
+    [of_commands] = [a for a in _parser()._actions if isinstance(a, argparse._SubParsersAction)]
+    return list(of_commands.choices)
+
+
+@pytest.mark.parametrize("name", ["", *commands()])
+def test_help_fits_a_screen_and_has_an_example(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as ended:
+        main([name, "--help"] if name else ["--help"])
+    said = capsys.readouterr().out
+    assert ended.value.code == 0 and f"example: ppo-dist {name}" in said
+    assert said.count("\n") < LINES
 
 
 @pytest.mark.parametrize(
@@ -35,7 +55,7 @@ def test_an_override_after_resume_is_one(
         given.append(arguments)
         return 0
 
-    monkeypatch.setattr(commands, "train", train)
+    monkeypatch.setattr(do, "train", train)
     assert main(["train", "c.yaml", *(word.format(folder=folder) for word in words)]) == 0
     expected = resume.format(folder=folder) if isinstance(resume, str) else resume
     assert (given[0].resume, given[0].overrides) == (expected, overrides)

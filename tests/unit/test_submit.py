@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
 
 from ppo_dist import follow
+from ppo_dist import submit as module
 from ppo_dist.cli import main
 from ppo_dist.config import Config
 from ppo_dist.follow import LAST_WORD, Follower, exit_code
@@ -112,6 +115,80 @@ def test_its_shell_outlives_a_stop_and_tells_how_the_run_ended(path: Path, tmp_p
     assert process.stdout.read() == f"{LAST_WORD}130\n"
 
 
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What is given to Ray's client, job by job."""
+    jobs: list[dict[str, Any]] = []
+
+    def submit_job(**arguments: Any) -> str:
+        jobs.append(arguments)
+        return "job-1"
+
+    @contextlib.contextmanager
+    def connected(address: str) -> Iterator[SimpleNamespace]:
+        yield SimpleNamespace(submit_job=submit_job)
+
+    monkeypatch.setattr(module, "_connected", connected)
+    return jobs
+
+
+@pytest.mark.parametrize(
+    ("options", "cpus", "gpus", "memory"),
+    [
+        ([], None, None, None),
+        (["--entrypoint-cpus=2", "--entrypoint-gpus=0.5"], 2.0, 0.5, None),
+        (["--entrypoint-memory", "1.5"], None, None, 1_500_000_000),
+    ],
+)
+def test_its_resources_reach_the_job(
+    path: Path,
+    sent: list[dict[str, Any]],
+    options: list[str],
+    cpus: float | None,
+    gpus: float | None,
+    memory: int | None,
+) -> None:
+    assert main(["submit", str(path), "--working-dir", str(path.parent), *options]) == 0
+    [job] = sent
+    assert (job["entrypoint_num_cpus"], job["entrypoint_num_gpus"]) == (cpus, gpus)
+    assert job["entrypoint_memory"] == memory and type(job["entrypoint_memory"]) is type(memory)
+
+
+@pytest.mark.parametrize(
+    ("package", "there", "is_refused"),
+    [
+        ("", "", False),
+        ("torch", "2.13.0+cu130", False),
+        ("torch", "2.9.0", True),
+        ("ray", "2.59.0", True),
+        ("ppo_dist", "0.0.9", True),
+    ],
+)
+def test_a_cluster_of_other_versions_refuses_the_run(
+    path: Path,
+    sent: list[dict[str, Any]],
+    package: str,
+    there: str,
+    is_refused: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    own = {"ppo_dist": "0.1.0", "ray": "2.60.0", "torch": "2.13.0+cpu"}
+    monkeypatch.setattr(module, "version", own.__getitem__)
+    assert main(["submit", str(path), "--working-dir", str(path.parent)]) == 0
+    [job] = sent
+    for name in (module.SENT_WITH, "RAY_JOB_STOP_WAIT_TIME_S"):
+        monkeypatch.setenv(name, job["runtime_env"]["env_vars"][name])
+    monkeypatch.setattr(module, "version", (own | {package: there}).__getitem__)
+    capsys.readouterr()
+    assert main(["train", str(path), "data.labelled=nowhere.jsonl"]) == 2
+    [line] = capsys.readouterr().err.strip().splitlines()
+    if is_refused:
+        assert f"{package} {own[package].split('+')[0]}" in line and f"{package} {there}" in line
+    else:
+        assert "nowhere.jsonl" in line
+
+
 class Broken:
     """A client whose connection breaks once in the middle of the log, and once for good."""
 
@@ -144,3 +221,65 @@ def test_a_log_is_taken_up_where_it_broke(
         assert said.out == f"one\ntwo\nthree\n{LAST_WORD}130\n"
     else:
         assert "lost sight of job-1: gone" in said.err and "ray job logs" in said.out
+
+
+class Interrupted:
+    """A client at whose log somebody presses Ctrl-C so many times before its end."""
+
+    def __init__(self, times: int, refuses: bool) -> None:
+        self.times, self.refuses = times, refuses
+        self.stopped: list[str] = []
+
+    async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
+        yield "step 1\n"
+        if self.times:
+            self.times -= 1
+            raise KeyboardInterrupt
+        yield f"{LAST_WORD}0\n"
+
+    def stop_job(self, job: str) -> None:
+        self.stopped.append(job)
+        if self.refuses:
+            raise RuntimeError("it is gone")
+
+    def get_job_info(self, job: str) -> SimpleNamespace:
+        status = SimpleNamespace(is_terminal=lambda: True, value="SUCCEEDED")
+        return SimpleNamespace(status=status, driver_exit_code=0, message="done")
+
+
+@pytest.mark.parametrize(
+    ("answer", "times", "refuses", "code", "stopped", "words"),
+    [
+        ("n", 1, False, 130, [], "ray job stop"),
+        ("", 1, False, 130, [], "ray job stop"),
+        (None, 1, False, 130, [], "ray job stop"),
+        ("y", 1, False, 0, ["job-1"], "stopping after a checkpoint"),
+        ("y", 1, True, 0, ["job-1"], "job-1 was not stopped: it is gone"),
+        ("y", 2, False, 130, ["job-1"], "ray job stop"),
+    ],
+)
+def test_ctrl_c(
+    answer: str | None,
+    times: int,
+    refuses: bool,
+    code: int,
+    stopped: list[str],
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Without a terminal (None) nobody is asked, and the run is left alone."""
+    asked: list[str] = []
+
+    def ask(question: str) -> str:
+        asked.append(question)
+        return answer or ""
+
+    monkeypatch.setattr(follow.sys, "stdin", SimpleNamespace(isatty=lambda: answer is not None))
+    monkeypatch.setattr("builtins.input", ask)
+    client = Interrupted(times, refuses)
+    assert Follower(client, "job-1", NOBODY).to_the_end() == code
+    assert client.stopped == stopped and len(asked) == (answer is not None)
+    said = capsys.readouterr()
+    assert words in said.out + said.err
+    assert said.out.count("step 1\n") == 1
