@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import timedelta
 from typing import Any
@@ -226,8 +226,11 @@ class CollectiveReceiver:
             self._name = chosen["group"]
         with self._arrived:
             self._spoiled.pop(version, None)
-        found = list(self._buckets(call))
-        problem = _changed(found)
+        found: list[Bucket] = []
+        problem = None
+        for bucket in self._buckets(call):
+            found.append(bucket)
+            problem = problem or _changed(bucket)  # while the next one is made
         with self._arrived:
             if problem is None:
                 self._versions[version], self._problem = found, None
@@ -254,11 +257,10 @@ class CollectiveReceiver:
             number += 1
 
 
-def _changed(found: Iterable[Bucket]) -> str | None:
+def _changed(bucket: Bucket) -> str | None:
     """Which bytes are not those that were sent, in words; None: none."""
     try:
-        for bucket in found:
-            bucket.check()
+        bucket.check()
     except WeightsError as error:
         return str(error)
     return None

@@ -115,9 +115,9 @@ def test_a_receiver_whose_bytes_were_changed_gets_them_the_next_time(
     one, other = far.receivers
     spoiled, changed = one._id, collective._changed
 
-    def check(found: list[Bucket]) -> str | None:
+    def check(bucket: Bucket) -> str | None:
         is_one = threading.current_thread() is one._thread
-        return "bytes were changed" if is_one else changed(found)
+        return "bytes were changed" if is_one else changed(bucket)
 
     with monkeypatch.context() as patched:
         patched.setattr(collective, "_changed", check)
