@@ -26,6 +26,7 @@ def job(model: Path) -> Job:
     )
 
 
+@pytest.mark.slow
 def test_ours_stands_beside_the_library_s_own(tiny_models: dict[str, Path]) -> None:
     console = Console(file=io.StringIO(), record=True, width=120)
     assert bench_rollout(job(tiny_models["llama"]), ["transformers", "hf"], console) == 0

@@ -169,6 +169,7 @@ def test_interrupt_leaves_a_checkpoint(tmp_path: Path) -> None:
     assert again[: len(rows)] == rows and len(again) == len(rows) + 1
 
 
+@pytest.mark.slow
 def test_commands_beside_training(whole: Path, tmp_path: Path) -> None:
     def command(*arguments: str | Path) -> str:
         result = subprocess.run(

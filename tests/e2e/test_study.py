@@ -21,6 +21,7 @@ def command(path: Path, *more: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_a_study_goes_on_where_it_stopped(tmp_path: Path) -> None:
     path = write(tmp_path, tasks={"eight": {}}, wandb="offline")
     first = command(path, "seeds=[0]", "methods.ours.labels=[10]")

@@ -39,14 +39,6 @@ def put(section: str, key: str, value: Any) -> Callable[[dict[str, Any]], None]:
     return lambda raw: raw[section].update({key: value})
 
 
-def generating(**rollout: Any) -> Callable[[dict[str, Any]], None]:
-    def change(raw: dict[str, Any]) -> None:
-        raw["mix"] |= {"prompts": 1, "shares": {"labelled": 1, "verifiable": 0}}
-        raw["rollout"].update(rollout)
-
-    return change
-
-
 def data_file(name: str, content: str) -> Callable[[dict[str, Any]], None]:
     def change(raw: dict[str, Any]) -> None:
         path = Path(raw["run"]["dir"]).parent / name
@@ -81,18 +73,6 @@ CASES: dict[str, tuple[Callable[[dict[str, Any]], None], list[str]]] = {
         ["bare.jsonl, line 3", "'response'"],
     ),
     "empty data": (data_file("empty.jsonl", "\n"), ["empty.jsonl", "no rows"]),
-    "response beyond the context": (
-        generating(max_new_tokens=30),
-        ["labelled/0:0: 3 tokens", "max_new_tokens 30", "the model's context of 32"],
-    ),
-    "response beyond the engine's limit": (
-        generating(engine={"kind": "vllm", "max_model_tokens": 8}),
-        ["labelled/0:0: 3 tokens", "max_new_tokens 6", "max_model_tokens of 8"],
-    ),
-    "example beyond the context": (
-        data_file("long.jsonl", json.dumps({"prompt": "ab>", "response": "ba" * 20})),
-        ["labelled/0:0: 44 tokens with its response", "context of 32"],
-    ),
     "no model folder": (model_folder("nothing", None), ["nothing", "no such model folder"]),
     "not a model folder": (model_folder("notes", "readme.md"), ["notes", "no config.json"]),
     "no weights": (model_folder("half", "config.json"), ["half", "safetensors"]),
@@ -127,7 +107,9 @@ def test_missing_config_and_bad_override(tmp_path: Path) -> None:
     ("cluster", "learner", "words"),
     [
         ({"device": "cuda"}, {}, ["2 GPUs asked for, 0 found"]),
-        ({"cpus": 2}, {"workers": 64}, ["65 CPUs asked for, 2 found"]),
+        pytest.param(
+            {"cpus": 2}, {"workers": 64}, ["65 CPUs asked for, 2 found"], marks=pytest.mark.slow
+        ),
     ],
 )
 def test_more_than_the_cluster_has(

@@ -80,6 +80,7 @@ def assert_goes_on(folder: Path, before: dict[str, Any], after: dict[str, Any]) 
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_one_learner_and_then_two_at_another_stage(ray_session: None, tmp_path: Path) -> None:
     assert_goes_on(tmp_path, {"zero_stage": 1}, {"zero_stage": 3, "workers": 2})
 

@@ -56,10 +56,11 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Any], list[
 
 @pytest.mark.parametrize(
     ("stage", "workers", "placement"),
-    [(3, 2, "split"), (3, 2, "colocated")]
+    [(3, 2, "split")]
     + [
         pytest.param(*case, marks=pytest.mark.slow)
         for case in (
+            (3, 2, "colocated"),
             *((s, 2, "split") for s in range(3)),
             (2, 2, "colocated"),
             *((s, 1, "split") for s in range(4)),

@@ -185,6 +185,7 @@ def test_spoiled_weights_are_never_served(rig: Rig, monkeypatch: pytest.MonkeyPa
     rig.check(2)
 
 
+@pytest.mark.slow
 def test_bandwidth_is_measured_from_end_to_end(ray_session: None) -> None:
     console = Console(file=io.StringIO(), record=True, width=100)
     assert bench_weights(Load(8, workers=1, bucket_mb=1, repeats=2), ["store"], console) == 0
