@@ -50,7 +50,8 @@ class Worker(Protocol):
 
 class Member:
     """A worker and its life so far; since when it is lost, if it is; in which order it became idle,
-    0 while it is not; whether it is late with a version; and whether it is on its way out.
+    0 while it is not; whether it has still to answer a version that was sent; and whether it is on
+    its way out.
     """
 
     def __init__(self, worker: Worker, number: int, limits: Cluster) -> None:
@@ -58,7 +59,7 @@ class Member:
         self.life = Life()
         self.lost_at: float | None = None
         self.turn = 0
-        self.is_late = False
+        self.owes_answer = False
         self.leaves = False
 
     def still_leads(self, life: Life) -> bool:

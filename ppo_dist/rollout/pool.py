@@ -79,12 +79,10 @@ class Pool:
             for old in sorted(self._weights)[: -self._keep]:
                 del self._weights[old]
         left = self._members.left
-        fit = [m for m in left() if m.life.takes_weights and not m.is_late]
+        fit = [m for m in left() if m.life.takes_weights and not m.owes_answer]
         asked = [self._senders.submit(self._sends, member, weights) for member in fit]
         done, _ = wait(asked, timeout=self._late_s)
-        if not any(answer.result() for answer in done) and not any(
-            answer.result() for answer in asked
-        ):
+        if not any(answer.result() for answer in (*done, *asked)):
             # who was starting is given the newest version, or will take the next attempt
             self._members.wait(lambda: any(member.life.is_settled for member in left()))
         return any(weights.version in member.life.versions for member in self._members.all)
@@ -200,11 +198,11 @@ class Pool:
         return version == ON_DISK and not self._weights
 
     def _sends(self, member: Member, weights: Weights) -> bool:
-        member.is_late = True  # until it has answered
+        member.owes_answer = True
         try:
             return self._receives(member, weights)
         finally:
-            member.is_late = False
+            member.owes_answer = False
 
     def _receives(self, member: Member, weights: Weights) -> bool:
         life = member.life

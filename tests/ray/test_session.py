@@ -27,7 +27,7 @@ def test_a_busy_cluster_is_waited_for_and_then_said_to_be(
     lacks = r"after 3 s \(cluster\.wait_s\): 4 CPUs asked for, 2 found"
     with pytest.raises(InputError, match=lacks), reserved(config, wanted):
         pass
-    assert time.monotonic() - begin < 20
+    assert 2 <= time.monotonic() - begin < 20, "Ray waits for whole seconds"
     remove_placement_group(others)
     patient = raw_config(tmp_path, cluster={"kind": "ray"}, learner=two, rollout=two)
     with reserved(Config.model_validate(patient), wanted) as (learners, rollouts, _):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import socket
-from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
@@ -120,13 +119,7 @@ def collective_verdicts(
     """
     trips: list[Any] = []
 
-    def ask(
-        question: Callable[..., Any],
-        those: Sequence[Host],
-        arguments: Sequence[tuple[Any, ...]],
-        deadline_s: float,
-        with_gpu: bool = False,
-    ) -> list[Answer]:
+    def ask(question: Any, those: Any, arguments: Any, _: float, with_gpu: bool = False) -> Any:
         if question is module._free_port:
             return [Answer(those[0], 4711, None, 0.0, 0.1)]
         trips.append((those, arguments, with_gpu))

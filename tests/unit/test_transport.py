@@ -84,10 +84,10 @@ class Far:
     def __init__(self, receivers: int, deadline_s: float = 3.0) -> None:
         self.sender = CollectiveSender("cpu", 40, deadline_s)
         self.deadline_s = deadline_s
-        self.receivers = [self.another() for _ in range(receivers)]
-
-    def another(self) -> CollectiveReceiver:
-        return CollectiveReceiver("cpu", "127.0.0.1", self.sender.port, self.deadline_s, keep=3)
+        self.receivers = [
+            CollectiveReceiver("cpu", "127.0.0.1", self.sender.port, deadline_s, keep=3)
+            for _ in range(receivers)
+        ]
 
     def publish(self, version: int) -> Weights:
         return self.sender.publish(version, weights().items())
