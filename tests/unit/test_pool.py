@@ -429,8 +429,11 @@ def test_nobody_comes_for_one_that_is_left_out_until_another_number_is_asked_for
     assert made.load(Weights(1, ()))
     made.resize(2)
     workers[0].breaks, workers[0].crashes = restarts == 0, 100
-    made.collect(made.submit(work(1)[:2]))
-    eventually(lambda: events[-1]["event"] == LEFT_OUT)
+    workers[1].gate = threading.Event()  # else it may do all there is before the first comes back
+    ticket = made.submit(work(1)[:2])
+    eventually(lambda: LEFT_OUT in [e["event"] for e in events])
+    workers[1].gate.set()
+    made.collect(ticket)
     assert workers[0].ends == 1, "its place is free"
     made.resize(2)
     assert len(workers) == 2
