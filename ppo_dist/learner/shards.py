@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ppo_dist.config import InputError
@@ -81,19 +81,20 @@ def read(folder: Path, pieces: Sequence[Piece], state: State) -> None:
     """Fills a rank's pieces, and the state of its optimizer, which has none yet.
 
     Raises:
-        InputError: a file or a parameter is not there, or one has another size; names it.
+        InputError: a file or a parameter is not there, has another size or cannot be read; names
+            it.
     """
     ranks(folder)
     with _saved(folder, WEIGHTS) as saved:
         for piece in pieces:
             parts = saved.get(piece.name, [])
-            count = sum(part.get_shape()[0] for _, part in parts)
+            count = sum(_size(part) for _, part in parts)
             if count != piece.whole:
                 raise InputError(
                     f"{folder}: of {piece.name} there are {count} elements, not {piece.whole}: "
                     "the checkpoint is of another model"
                 )
-            _fill(piece, parts, piece.owner)
+            _fill(piece, parts, piece.owner, folder)
     for kind in sorted({path.name.rpartition("-")[0] for path in folder.iterdir()} - {WEIGHTS}):
         with _saved(folder, kind) as saved:
             for piece in pieces:
@@ -103,7 +104,7 @@ def read(folder: Path, pieces: Sequence[Piece], state: State) -> None:
                 if parts[0][1].get_shape():
                     if kind not in own:
                         own[kind] = torch.zeros_like(piece.owner)
-                    _fill(piece, parts, own[kind])
+                    _fill(piece, parts, own[kind], folder)
                 else:  # parameters that come to share a tensor have the steps of the oldest
                     number = parts[0][1][...].to(piece.owner.device)
                     own[kind] = torch.maximum(number, own.get(kind, number))
@@ -117,18 +118,37 @@ def _saved(folder: Path, kind: str) -> Iterator[dict[str, list[tuple[int, Any]]]
     found: dict[str, list[tuple[int, Any]]] = {}
     with contextlib.ExitStack() as files:
         for path in sorted(folder.glob(f"{kind}-*.safetensors")):
-            file = files.enter_context(safe_open(path, framework="pt"))
+            try:
+                file = files.enter_context(safe_open(path, framework="pt"))
+            except (SafetensorError, OSError) as error:
+                raise InputError(f"{path}: cannot be read: {error}") from None
             for key in file.keys():  # noqa: SIM118  # it is no dict
                 name, _, start = key.rpartition("@")
-                found.setdefault(name, []).append((int(start), file.get_slice(key)))
+                part = file.get_slice(key)
+                if not (start.isascii() and start.isdecimal()) or len(part.get_shape()) > 1:
+                    raise InputError(f"{path}: {key!r} is no piece of a parameter")
+                found.setdefault(name, []).append((int(start), part))
         yield found
 
 
-def _fill(piece: Piece, parts: Sequence[tuple[int, Any]], tensor: torch.Tensor) -> None:
+def _size(part: Any) -> int:
+    """How many elements a slice has, none if it is a number."""
+    return sum(part.get_shape())
+
+
+def _fill(
+    piece: Piece, parts: Sequence[tuple[int, Any]], tensor: torch.Tensor, folder: Path
+) -> None:
     """Copies a piece into its place in a tensor, from all that have some of it."""
-    into = tensor.detach().view(-1).narrow(0, piece.offset, piece.count)
+    into, filled = tensor.detach().view(-1).narrow(0, piece.offset, piece.count), 0
     for start, part in parts:
         first = max(start, piece.start)
-        last = min(start + part.get_shape()[0], piece.start + piece.count)
+        last = min(start + _size(part), piece.start + piece.count)
         if first < last:
             into[first - piece.start : last - piece.start] = part[first - start : last - start]
+            filled += last - first
+    if filled != piece.count:
+        raise InputError(
+            f"{folder}: of {piece.name} there are {filled} elements from {piece.start} on, not "
+            f"{piece.count}: pieces are missing, or there twice"
+        )

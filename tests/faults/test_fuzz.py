@@ -14,6 +14,7 @@ import math
 import os
 import shutil
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -34,10 +36,13 @@ from ppo_dist.config.reward import Extract, ExtractAfter, GymReward, NumericRewa
 from ppo_dist.coordinator.state import Checkpoints, read_state
 from ppo_dist.data.encode import Encoder
 from ppo_dist.data.sources import read
+from ppo_dist.learner import shards
+from ppo_dist.learner.shards import Piece
 from ppo_dist.models.scratch import _character_tokenizer
 from ppo_dist.recovery import Start
 from ppo_dist.rewards.extract import extractor
 from ppo_dist.rewards.gym import gym
+from ppo_dist.rewards.remote import NoAnswer, _numbers
 from ppo_dist.rewards.rules import Judged, mathematics, numeric
 from tests.conftest import raw_config
 from tests.unit.rig import Rig
@@ -401,6 +406,38 @@ def test_checkpoints(tmp_path: Path, checkpoint: Path, count: int) -> None:
         fuzz(count, check, harms())
 
 
+@sizes(15, 800)
+def test_what_ranks_wrote_of_a_model(tmp_path: Path, count: int) -> None:
+    """Also if it is sealed, as if somebody had meant it."""
+
+    def cut(world: int) -> list[tuple[list[Piece], shards.State]]:
+        owners = [torch.arange(12.0 / world) for _ in range(world)]
+        pieces = [
+            [Piece("a", 12 // world * rank, len(own), 12, own, 0)]
+            for rank, own in enumerate(owners)
+        ]
+        number = torch.tensor(3.0)
+        states = [{own: {"exp_avg": 2 * own, "step": number}} for own in owners]
+        return list(zip(pieces, states, strict=True))
+
+    for rank, (pieces, state) in enumerate(cut(2)):
+        shards.write(tmp_path, rank, pieces, state)
+    sound = {path: path.read_bytes() for path in sorted(tmp_path.iterdir())}
+
+    def check(path: Path, data: st.DataObject) -> None:
+        path.write_bytes(data.draw(spoiled(sound[path])))
+        try:
+            for pieces, _ in cut(3):
+                shards.read(tmp_path, pieces, defaultdict(dict))
+        except InputError as error:
+            refused(error)
+        finally:
+            path.write_bytes(sound[path])
+
+    with only_in(tmp_path):
+        fuzz(count, check, st.sampled_from(list(sound)), st.data())
+
+
 # ── rewards ───────────────────────────────────────────────────────────────────────────────────────
 
 SIGNS = r"""
@@ -444,6 +481,27 @@ def test_mathematics(tmp_path: Path, count: int) -> None:
 
     with only_in(tmp_path):
         fuzz(count, check, TEXTS, MATHS | st.sampled_from(["5", "x^2", "\\pi"]), deadline_s=30)
+
+
+@sizes(15, 800)
+def test_what_a_reward_server_answers(tmp_path: Path, count: int) -> None:
+    asked = {"id": "r", "items": [{"id": f"r.{i}"} for i in range(3)]}
+    sound = {"id": "r", "scores": [{"id": f"r.{i}", "score": i / 2} for i in range(3)]}
+
+    def check(body: bytes) -> None:
+        try:
+            scores = _numbers(body, asked)
+        except NoAnswer as error:
+            message = str(error)
+            assert message and "\n" not in message and len(message) < 2000
+            return
+        assert len(scores) == 3 and all(math.isfinite(score) for score in scores)
+
+    mutated = st.tuples(st.integers(0, 10**6), JSON).map(
+        lambda drawn: json.dumps(_mutated(copy.deepcopy(sound), *drawn)).encode()
+    )
+    with only_in(tmp_path):
+        fuzz(count, check, spoiled(json.dumps(sound).encode()) | mutated)
 
 
 WORDS = """

@@ -43,6 +43,7 @@ ROLES = {
     "ray::LearnerActor": "learner",
 }
 VICTIMS = ("rollout worker", "learner", "driver")
+BACK_S = {"rollout worker": 30, "learners": 60}
 
 
 def role(process: psutil.Process) -> str | None:
@@ -51,7 +52,7 @@ def role(process: psutil.Process) -> str | None:
 
 
 class Watch:
-    """Memory and open files of every process of a run, by role and step."""
+    """Memory and open files of a run's processes, by step: of each role those of the largest."""
 
     def __init__(self, mark: str, folder: Path) -> None:
         self.memory: dict[str, list[tuple[int, int]]] = defaultdict(list)
@@ -70,12 +71,15 @@ class Watch:
 
     def _look(self) -> None:
         while not self._over.wait(EVERY_S):
-            step = step_of(self._folder)
+            step, now = step_of(self._folder), defaultdict(list)
             for process in marked(self._mark):
                 with contextlib.suppress(psutil.Error):
                     if (kind := role(process)) is not None:
-                        self.memory[kind].append((step, process.memory_info().rss))
-                        self.files[kind].append((step, process.num_fds()))
+                        now[kind].append((process.memory_info().rss, process.num_fds()))
+            for kind, seen in now.items():
+                memory, files = map(max, zip(*seen, strict=True))
+                self.memory[kind].append((step, memory))
+                self.files[kind].append((step, files))
 
 
 def step_of(folder: Path) -> int:
@@ -239,6 +243,7 @@ def test_soak(tmp_path: Path, pytestconfig: pytest.Config) -> None:
     print(json.dumps(told, indent=1))
     assert sum(soak.killed.values()) == kills
     assert numbers(folder) == numbers(plain)
+    assert all(max(back[kind]) < limit for kind, limit in BACK_S.items()), back
     assert left == [] and set(os.listdir("/dev/shm")) <= shared
     for kind in ROLES.values():
         assert is_flat(watch.memory[kind], steps), (kind, watch.memory[kind])

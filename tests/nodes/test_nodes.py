@@ -24,8 +24,9 @@ from tests.nodes.rig import Cluster, environment, training
 pytestmark = pytest.mark.slow
 # learners take 3 and rollout workers 1, so that they fill a, b and c; d is for one that is lost
 CPUS = {"a": 3, "b": 4, "c": 1, "d": 1}
-VICTIM, SPARE = "c", "d"
+LEARNERS, VICTIM, SPARE = "b", "c", "d"
 KINDS = ["store", "collective"]
+CHECKPOINT_EVERY = 20
 STEPS = 150  # a worker that is lost should be back before the last one
 START_S, RESTART_S, END_S = 180, 120, 300
 CUT_S = 12.0  # shorter than Ray needs to take the node for dead, see rig.RAY
@@ -37,7 +38,7 @@ def config(folder: Path, kind: str, is_hasty: bool = False, **cluster: Any) -> d
     """
     return raw_config(
         folder,
-        train={"steps": STEPS},
+        train={"steps": STEPS, "checkpoint_every": CHECKPOINT_EVERY},
         learner={"workers": 2, "cpus": 3, "optimizer": "sgd", "lr": 0.005, "critic_lr": 0.005},
         rollout={
             "workers": 2,
@@ -134,6 +135,26 @@ def test_a_node_is_lost(
         assert cluster.actors()[SPARE] == {"RolloutActor": 1}
         run.end(END_S)
         assert run.numbers() == expected
+
+
+def test_the_node_of_a_learner_is_lost(
+    cluster: Cluster, tmp_path: Path, expected: list[dict[str, Any]]
+) -> None:
+    """A rollout worker was on it too. The run begins anew from its last checkpoint as soon as
+    another node has room for both.
+    """
+    with cluster.train(config(tmp_path / "run", "store", is_hasty=True)) as run:
+        run.wait(lambda: len(run.rows()) > CHECKPOINT_EVERY + 3, START_S)
+        cluster.kill(LEARNERS)
+        cluster.start(LEARNERS)
+        run.wait(lambda: run.events("learners_rebuilt"), RESTART_S)
+        assert cluster.actors()[LEARNERS] == {"LearnerActor": 1, "RolloutActor": 1}
+        run.end(END_S)
+        assert run.numbers() == expected
+        (lost,) = run.events("learners_lost")
+        (rebuilt,) = run.events("learners_rebuilt")
+        assert rebuilt["step"] >= CHECKPOINT_EVERY, "not from the beginning"
+        assert lost["step"] > rebuilt["step"]
 
 
 def test_a_worker_without_room_joins_on_a_new_node(

@@ -164,6 +164,23 @@ def in_checkpoint(worker: Any, blow: Blow) -> None:
     worker._roles.policy.save = wrapped
 
 
+def in_publish(worker: Any, blow: Blow) -> None:
+    """When the first tensors of a version have been taken to be sent."""
+    publish = worker._sender.publish
+
+    def wrapped(version: int, tensors: Any) -> Any:
+        hook = after(3 if worker._steps == 3 else -1, blow)
+
+        def taken() -> Iterator[Any]:
+            for pair in tensors:
+                hook()
+                yield pair
+
+        return publish(version, taken())
+
+    worker._sender.publish = wrapped
+
+
 class Rig:
     """Runs with blows, and what their folders hold."""
 
@@ -391,6 +408,15 @@ def test_a_learner_that_is_killed(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("place", [in_forward, in_checkpoint, in_publish])
+def test_the_learner_that_publishes_is_killed(
+    rig: Rig, whole: Any, place: Callable[..., None]
+) -> None:
+    """It is also the one that the others met at."""
+    check_learner(rig, whole(0), place, rank=0)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("place", [in_forward, in_checkpoint, None])
 def test_a_learner_that_hangs(rig: Rig, whole: Any, place: Callable[..., None] | None) -> None:
     rig.blow = Blow(signal.SIGSTOP, rig.blow.once)
@@ -401,13 +427,14 @@ def check_learner(
     rig: Rig,
     whole: Callable[[str], list[dict[str, Any]]],
     place: Callable[..., None] | None,
+    rank: int = 1,
     **sections: Any,
 ) -> None:
     if place is None:
         made = rig.remembers(RayRanks)
         rig.between_steps(lambda: made[-1]._actors)
     else:
-        rig.in_learner(place)
+        rig.in_learner(place, rank)
     assert rig.run("struck", **sections) == 0
     for file in ("metrics.jsonl", "samples.jsonl"):
         assert rig.rows("struck", file) == whole(file), file
