@@ -83,7 +83,7 @@ def workers(
         return
     takes_turns = config.cluster.placement == "colocated"
     with (
-        connected(config, model_path) as (ranks, remote, reward),
+        connected(config, model_path, resume is None) as (ranks, remote, reward),
         _started(config, remote, takes_turns) as pool,
     ):
         ranks.start(model_path, resume)
@@ -92,10 +92,10 @@ def workers(
 
 @contextlib.contextmanager
 def connected(
-    config: Config, model_path: str
+    config: Config, model_path: str, is_first: bool = True
 ) -> Iterator[tuple[RayRanks, list[RemoteWorker], RewardSource]]:
     """Learners and rollout workers as Ray actors that have loaded nothing yet, and what judges,
-    started inside `cluster`.
+    started inside `cluster`. They are the run's first unless it goes on from a checkpoint.
 
     Raises:
         InputError: the cluster has no room for them, or weights do not get from one to the other.
@@ -109,7 +109,7 @@ def connected(
         receiver = transports.receiver(config, of_rollouts.device, *ranks.sends_from)
         make_engine = engine(config, model_path, of_rollouts.device)
         lent = ranks.gpus if config.cluster.placement == "colocated" else None
-        crew = Crew(config, of_rollouts, make_engine, receiver, lent)
+        crew = Crew(config, of_rollouts, make_engine, receiver, lent, is_first)
         remote = [RemoteWorker(crew, slot) for slot in of_rollouts.slots]
         transports.preflight(config, ranks, remote)
         with contextlib.closing(crew):

@@ -44,7 +44,8 @@ class RolloutActor(RolloutWorker):
 @dataclass(frozen=True)
 class Crew:
     """What all rollout workers have in common. `lent` says which GPUs those in a bundle borrow, if
-    they do; `added` are places beyond those that were reserved together.
+    they do; an engine of the first ones that does not start will not start elsewhere either;
+    `added` are places beyond those that were reserved together.
     """
 
     config: Config
@@ -52,6 +53,7 @@ class Crew:
     make_engine: MakeEngine
     make_receiver: MakeReceiver
     lent: Callable[[int], str] | None = None
+    is_first: bool = True
     added: list[Places] = field(default_factory=list)
 
     def another(self) -> RemoteWorker:
@@ -104,8 +106,9 @@ class RemoteWorker:
         try:
             ray.get(self._actor.start.remote(), timeout=self._config.cluster.start_deadline_s)
         except RayError as error:
-            # of a later one: what the lost one held may not be free yet
-            is_final = isinstance(error, RayTaskError) and not anew
+            # of a later one: what those before it held may not be free yet
+            is_first = self.crew.is_first and not anew
+            is_final = isinstance(error, RayTaskError) and is_first
             text = f"its engine does not start: {reason(error)}"
             raise WorkerError(text, is_lost=True, is_final=is_final) from error
 

@@ -21,7 +21,10 @@ from tests.conftest import raw_config
 
 
 def remote(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, is_colocated: bool = False
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    is_colocated: bool = False,
+    is_first: bool = True,
 ) -> tuple[RemoteWorker, list[str]]:
     """A worker whose actor is nobody, and what becomes of that and of its place."""
     told: list[str] = []
@@ -31,7 +34,8 @@ def remote(
     places = Places({}, (Slot(0, 1.0, 0),), "cpu")
     unused: Any = None
     lent = (lambda bundle: "") if is_colocated else None
-    crew = Crew(Config.model_validate(raw_config(folder)), places, unused, unused, lent)
+    config = Config.model_validate(raw_config(folder))
+    crew = Crew(config, places, unused, unused, lent, is_first)
     return RemoteWorker(crew, places.slots[0]), told
 
 
@@ -70,6 +74,41 @@ def test_a_worker_that_says_what_is_wrong_is_not_lost(
         with pytest.raises(WorkerError) as error:
             ask()
         assert error.value.is_lost == is_lost
+
+
+@pytest.mark.parametrize(
+    ("raised", "is_first", "anew", "is_final"),
+    [
+        (RayTaskError("start", "Traceback …", OSError("no such model")), True, False, True),
+        (RayTaskError("start", "Traceback …", OSError("no GPU memory")), True, True, False),
+        (RayTaskError("start", "Traceback …", OSError("no GPU memory")), False, False, False),
+        (ActorDiedError(), True, False, False),
+    ],
+)
+def test_an_engine_that_has_started_before_is_tried_again(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    raised: RayError,
+    is_first: bool,
+    anew: bool,
+    is_final: bool,
+) -> None:
+    """Also where all begin anew: the GPU of one that was killed is not free at once."""
+    worker, _ = remote(tmp_path, monkeypatch, is_first=is_first)
+
+    def get(*_: Any, **__: Any) -> None:
+        raise raised
+
+    monkeypatch.setattr(ray, "get", get)
+    monkeypatch.setattr(
+        RemoteWorker,
+        "_new",
+        lambda self: SimpleNamespace(start=SimpleNamespace(remote=lambda: None)),
+    )
+    worker._actor = worker._new()
+    with pytest.raises(WorkerError) as error:
+        worker.start(anew)
+    assert error.value.is_lost and error.value.is_final == is_final
 
 
 @pytest.mark.parametrize("asked", ["wait", "probe"])
