@@ -98,7 +98,10 @@ def _check_lengths(config: Config, encoded: Encoded, model_path: str) -> None:
     positions = getattr(model, "max_position_embeddings", None) or math.inf
     engine = config.rollout.engine
     asked = engine.max_model_tokens if isinstance(engine, VllmEngine) else None
-    limit, what = min((positions, "the model's context"), (asked or math.inf, "max_model_tokens"))
+    slides = "sliding_attention" in (getattr(model, "layer_types", None) or ["sliding_attention"])
+    window = getattr(model, "sliding_window", None) if slides else None
+    learns = min((positions, "the model's context"), (window or math.inf, "its sliding_window"))
+    limit, what = min(learns, (asked or math.inf, "max_model_tokens"))
     asked_for = [
         p for origin in encoded.prompts if uses(config, origin) for p in encoded.prompts[origin]
     ]
@@ -110,11 +113,11 @@ def _check_lengths(config: Config, encoded: Encoded, model_path: str) -> None:
                 f"rollout.max_new_tokens {new} are more than {what} of {limit}; lower one of them, "
                 "or data.max_prompt_tokens"
             )
-    for example in encoded.examples:
-        if (total := len(example.prompt.tokens_P) + len(example.tokens_R)) > positions:
+    for example in (*encoded.examples, *encoded.held_out, *encoded.test):
+        if (total := len(example.prompt.tokens_P) + len(example.tokens_R)) > learns[0]:
             raise InputError(
-                f"{example.prompt.uid}: {total} tokens with its response, more than the model's "
-                f"context of {positions}"
+                f"{example.prompt.uid}: {total} tokens with its response, more than {learns[1]} of "
+                f"{learns[0]}"
             )
 
 

@@ -29,7 +29,7 @@ from ppo_dist.tracking.console import Losable, Several, Terminal, summary
 from ppo_dist.tracking.local import JsonLines, read_rows, record_event
 
 CONFIG, SUMMARY = "config.yaml", "summary.json"
-ACCURACY = "eval/held_out/accuracy"
+ACCURACY, REWARD = "eval/held_out/accuracy", "eval/held_out/reward"
 # a run can be resumed with other values of every key but these
 FIXED = (
     "model",
@@ -73,10 +73,10 @@ def _train(config: Config, rows: build.Rows, resume: bool | Path, console: Conso
         files.tidy(parent)
     (folder / SCALE).unlink(missing_ok=True)  # an earlier process was asked for it
     start = _starting_point(config, folder, resume, console)
-    files.write_text(folder / CONFIG, dump(config))
-    config = build.located(config)
-    model_path = build.model_folder(config, rows)
+    given, config = config, build.located(config)
+    model_path = build.model_folder(config, rows, is_new=start.checkpoint is None)
     encoded = encode(config, rows, model_path)
+    files.write_text(folder / CONFIG, dump(given))
     for what, count in encoded.counts.items():
         console.print(f"{count} prompts longer than data.max_prompt_tokens were {what}")
     if start.checkpoint is not None:
@@ -165,17 +165,30 @@ def _starting_point(config: Config, folder: Path, resume: bool | Path, console: 
             console.print(f"skipped a checkpoint: {problem}")
         if chosen is None and problems:
             raise InputError(f"{folder}: no checkpoint is whole")
-    if is_started(folder):
-        _compare(read_yaml(folder / CONFIG), config)
     if chosen is None:
         console.print("no checkpoint yet: starting at step 0")
         return Start()
+    if is_started(folder):
+        _compare(read_yaml(folder / CONFIG), config)
     state, parts = read_state(chosen, is_whole=not isinstance(resume, Path))
+    _check_way_back(config, folder, state)
     learners = shards.ranks(chosen / "policy")
     console.print(f"resuming from {chosen}, written by {learners} learner(s)")
     for name in _set_aside_after(state.step, folder, config):
         console.print(f"set aside: {name}")
     return Start(chosen, state, parts)
+
+
+def _check_way_back(config: Config, folder: Path, state: RunState) -> None:
+    goes_back = any(check.action == "roll_back" for check in config.semi.guard.checks.values())
+    if not goes_back or state.best_step is None:
+        return
+    if Checkpoints(folder, config.train.keep_checkpoints).of_step(state.best_step) is None:
+        raise InputError(
+            f"{folder}: semi.guard would roll back to the best evaluation, that of step "
+            f"{state.best_step}, which has no checkpoint (only a run with such a guard keeps it): "
+            "choose another action, or another checkpoint to resume from"
+        )
 
 
 def _set_aside_after(step: int, folder: Path, config: Config) -> list[str]:
@@ -184,7 +197,8 @@ def _set_aside_after(step: int, folder: Path, config: Config) -> list[str]:
     """
     moved = Checkpoints(folder, config.train.keep_checkpoints).set_aside_after(step)
     rows = [row for row in read_rows(folder / "metrics.jsonl") if row.get(ACCURACY) is not None]
-    best, policy = max(rows, key=lambda row: row[ACCURACY], default=None), folder / BEST
+    best = max(rows, key=lambda row: (row[ACCURACY], row[REWARD]), default=None)
+    policy = folder / BEST
     if best is not None and best["step"] > step and policy.exists():
         files.replace(policy, folder / f"abandoned-{BEST}")
         moved.append(f"abandoned-{BEST}")

@@ -51,7 +51,8 @@ class KlController:
     """The coefficient β of the KL penalty, step by step.
 
     Adaptive: β ← β·(1 + clip(KL/target − 1, ±0.2)·n/horizon) after each step of n responses, where
-    KL is the mean over responses of the sum over tokens of log π − log π_ref.
+    KL is the mean over responses of the sum over tokens of log π − log π_ref. A horizon of a few
+    steps or less halves β at most: it never turns negative.
 
     Source: Ziegler et al. 2019, arXiv:1909.08593, section 2.2.
     """
@@ -64,7 +65,7 @@ class KlController:
         """Sees the KL of a finished step; the next step has another coefficient."""
         if isinstance(self._controller, AdaptiveKl):
             error = min(max(kl / self._controller.target - 1, -0.2), 0.2)
-            self.coef *= 1 + error * responses / self._controller.horizon
+            self.coef *= max(1 + error * responses / self._controller.horizon, 0.5)
 
     def state_dict(self) -> dict[str, float]:
         """The coefficient."""

@@ -28,7 +28,7 @@ def whiten(
     min_variance: float = 1e-12,
 ) -> torch.Tensor:
     """Mean 0 and (unbiased) variance 1 over all masked-in values, or over those of each group of
-    rows; unchanged where there is nothing to normalise.
+    rows; 0 where all are equal, and a single value as it is.
 
     Call it once on everything that a step learns from. Per rank or per micro-batch it gives other
     signs.
@@ -41,6 +41,5 @@ def whiten(
     if live.numel() < 2:
         return values
     variance, mean = torch.var_mean(live)
-    if variance < min_variance:
-        return values
-    return torch.where(mask, (values - mean) / torch.sqrt(variance), values)
+    deviation = torch.sqrt(variance) if variance >= min_variance else torch.ones_like(variance)
+    return torch.where(mask, (values - mean) / deviation, values)

@@ -107,6 +107,8 @@ def _check_files(folder: Path, may_run_code: bool) -> None:
     from safetensors import SafetensorError, safe_open
     from transformers import AutoConfig
 
+    from ppo_dist.models.policy import AFTER_THE_HEAD
+
     for weights in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(weights, "numpy"):  # looks at its header and its length alone
@@ -123,6 +125,10 @@ def _check_files(folder: Path, may_run_code: bool) -> None:
             ) from None
         reason = " ".join(str(error).split())
         raise InputError(f"{folder}: its config.json cannot be used: {reason}") from None
+    text = config.get_text_config()
+    for name in AFTER_THE_HEAD:
+        if getattr(text, name, None) not in (None, 1.0):
+            raise InputError(f"{folder}: models with {name} are not supported")
     if others := set(getattr(config, "layer_types", None) or ()) - ATTENDING:
         raise InputError(
             f"{folder}: has layers of kind {', '.join(sorted(others))}, which would mix sequences "
@@ -180,8 +186,10 @@ def absolute(path: str) -> str:
     return str(Path(path).resolve()) if Path(path).is_dir() else path
 
 
-def model_folder(config: Config, rows: Rows) -> str:
-    """The initial policy's path; a model from scratch is made in the run folder, once."""
+def model_folder(config: Config, rows: Rows, is_new: bool = False) -> str:
+    """The initial policy's path; a model from scratch is made in the run folder, once, or again for
+    a run that begins.
+    """
     if config.model.path is not None:
         return config.model.path
     from ppo_dist.files import aside
@@ -189,7 +197,7 @@ def model_folder(config: Config, rows: Rows) -> str:
 
     assert config.model.scratch is not None, "the schema demands one of the two"
     folder = Path(config.run.dir) / "model"
-    if not folder.exists():
+    if is_new or not folder.exists():
         every = [*[row for group in rows.prompts.values() for row in group], *rows.held_out]
         texts = [
             text

@@ -210,6 +210,8 @@ def _algorithm(c: Config) -> Iterator[str]:
         yield (
             "critic.shared makes the policy's pass anyway: set algorithm.old_logprobs to recompute"
         )
+    if algorithm.kl.coef == 0 and algorithm.kl.controller.kind == "adaptive":
+        yield "algorithm.kl.coef 0 stays 0 under an adaptive controller: start above it"
     if critic.shared and critic.path is not None:
         yield "critic.shared has no model of its own: critic.path must be null"
     if critic.shared and critic.warmup:

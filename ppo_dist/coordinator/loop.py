@@ -259,9 +259,9 @@ class Loop:
         row: Row = {}
         if self._parts.held_out is not None:
             row |= self._evaluated(self._parts.held_out, watch)
-            accuracy = row["eval/held_out/accuracy"]
-            if accuracy is not None and (self.state.best is None or accuracy > self.state.best):
-                self.state = replace(self.state, best=accuracy, best_step=self.state.step)
+            accuracy, reward = row["eval/held_out/accuracy"], row["eval/held_out/reward"]
+            if accuracy is not None and self.state.is_beaten_by(accuracy, reward or 0.0):
+                self.state = self.state.with_best(accuracy, reward or 0.0)
                 self._parts.learners.save(policy=self._folder / BEST)
         if self._parts.test is not None and self.state.step == self._config.train.steps:
             row |= self._evaluated(self._parts.test, watch)
@@ -273,6 +273,7 @@ class Loop:
             row, greedy, dropped = evaluator(self.state.version)
         self._parts.pool.vitals()  # what an evaluation took is not the next step's
         self.watch.dropped(self.state.step, dropped)
+        self.watch.faults(self.state.step, greedy)
         samples = [sample(s) for s in greedy[: self._config.tracking.samples]]
         self._parts.tracker.table(self.state.step, samples)
         return row

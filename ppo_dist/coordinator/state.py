@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ CHECKPOINTS = "checkpoints"  # in a run folder
 @dataclass(frozen=True)
 class RunState:
     """How far a run is; `reinforced` counts steps with rollouts, `skipped` the last updates in a
-    row that were skipped, `best` is the best held-out accuracy so far.
+    row that were skipped, `best` is the best held-out accuracy so far, and `best_reward` the reward
+    there, which decides where accuracies are equal.
 
     Example: RunState(step=12, version=12, reinforced=10, best=0.41, best_step=10)
     """
@@ -29,7 +31,19 @@ class RunState:
     reinforced: int = 0
     skipped: int = 0
     best: float | None = None
+    best_reward: float | None = None
     best_step: int | None = None
+
+    def is_beaten_by(self, accuracy: float, reward: float) -> bool:
+        """Whether a held-out evaluation is better than the best so far."""
+        if self.best is None:
+            return True
+        before = math.inf if self.best_reward is None else self.best_reward
+        return (accuracy, reward) > (self.best, before)
+
+    def with_best(self, accuracy: float, reward: float) -> RunState:
+        """With the evaluation of this step as the best."""
+        return replace(self, best=accuracy, best_reward=reward, best_step=self.step)
 
 
 class Checkpoints:
@@ -112,8 +126,9 @@ def read_state(checkpoint: Path, is_whole: bool = False) -> tuple[RunState, dict
 
 def _typed(state: RunState) -> RunState:
     for name, value in vars(state).items():
-        if value is None and name in ("best", "best_step"):
+        if value is None and name.startswith("best"):
             continue
-        if type(value) not in ((int, float) if name == "best" else (int,)) or value < 0:
+        kinds = (int, float) if name in ("best", "best_reward") else (int,)
+        if type(value) not in kinds or (value < 0 and name != "best_reward"):
             raise TypeError(f"{name} is {value!r}")
     return state

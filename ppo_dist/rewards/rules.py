@@ -58,31 +58,43 @@ class Judged:
 
 
 def exact(rule: ExactReward) -> Judge:
-    """1 if the extracted text is the answer, else 0."""
+    """1 if the extracted text is the answer, or what is extracted from that, else 0."""
     extract = extractor(rule.extract)
 
     def judge(rollout: Rollout) -> float:
-        found, answer = extract(rollout.text), _answer(rollout).strip()
+        found, answer = extract(rollout.text), _answer(rollout)
         if found is None:
             return 0.0
-        return float(found.lower() == answer.lower() if rule.ignore_case else found == answer)
+        right = [answer.strip(), extract(answer)]
+        if rule.ignore_case:
+            found, right = found.lower(), [text and text.lower() for text in right]
+        return float(found in right)
 
     return judge
 
 
 def numeric(rule: NumericReward) -> Judge:
-    """1 if the extracted number is the answer within the tolerance, else 0."""
+    """1 if the extracted number is the answer within the tolerance, else 0. An answer that is no
+    number itself is one that its number is extracted from.
+    """
     extract = extractor(rule.extract)
 
     def judge(rollout: Rollout) -> float:
-        answer = float(_answer(rollout).replace(",", ""))
-        try:
-            found = float((extract(rollout.text) or "").replace(",", ""))
-        except ValueError:
-            return 0.0
-        return float(abs(found - answer) <= rule.tolerance)
+        text = _answer(rollout)
+        answer = _number(text)
+        if answer is None and (answer := _number(extract(text))) is None:
+            raise ValueError(f"the answer {text[:100]!r} has no number")
+        found = _number(extract(rollout.text))
+        return float(found is not None and abs(found - answer) <= rule.tolerance)
 
     return judge
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        return float((text or "").replace(",", ""))
+    except ValueError:
+        return None
 
 
 def mathematics(rollout: Rollout) -> float:

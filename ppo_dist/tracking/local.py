@@ -70,9 +70,10 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _lines(path: Path) -> list[str]:
-    # not splitlines(): a response may hold any of Unicode's other line separators
-    return path.read_text(encoding="utf-8").split("\n") if path.exists() else []
+def _lines(path: Path) -> list[bytes]:
+    # bytes, since what was cut off may end inside a character; not splitlines(): a response may
+    # hold any of Unicode's other line separators
+    return path.read_bytes().split(b"\n") if path.exists() else []
 
 
 def _keep(path: Path, after_step: int | None) -> None:

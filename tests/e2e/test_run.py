@@ -145,6 +145,16 @@ def test_a_complete_run_is_left_alone_and_an_open_one_refused(whole: Path, tmp_p
         run(config(whole, 6, run={"dir": str(whole), "seed": 4}), resume=True)
 
 
+def test_a_run_that_could_not_begin_holds_no_folder(tmp_path: Path) -> None:
+    """What its first start was refused for can be mended, also where jobs always say --resume."""
+    folder = tmp_path / "run"
+    short = {"scratch": {"layers": 1, "hidden": 8, "heads": 1, "context": 8}}
+    with pytest.raises(InputError, match="the model's context of 8"):
+        run(config(folder, 1, model=short))
+    assert not (folder / "config.yaml").exists()
+    assert run(config(folder, 1), resume=True) == 0
+
+
 def test_interrupt_leaves_a_checkpoint(tmp_path: Path) -> None:
     raw = raw_config(tmp_path / "run", train={"steps": 10_000})
     path = tmp_path / "config.yaml"

@@ -139,6 +139,15 @@ def test_layers_that_would_mix_packed_sequences_are_refused(tmp_path: Path, mode
         build.check(config(tmp_path, model))
 
 
+def test_models_whose_logits_are_not_what_the_head_gives_are_refused(
+    tmp_path: Path, model: Path
+) -> None:
+    found = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(found | {"logits_scaling": 8.0}))
+    with pytest.raises(InputError, match="model: models with logits_scaling are not supported"):
+        build.check(config(tmp_path, model))
+
+
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"model_type": "no such"}', "\0"])
 def test_a_model_config_that_is_none(tmp_path: Path, model: Path, content: str) -> None:
     (model / "config.json").write_text(content)

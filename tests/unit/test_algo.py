@@ -143,9 +143,14 @@ def test_whiten_gives_mean_zero_and_unbiased_variance_one() -> None:
     assert whitened[~mask].tolist() == [99.0, -7.0]
 
 
-@pytest.mark.parametrize(("row", "drawn"), [([3.0, 8.0], "x."), ([2.0, 2.0], "xx"), ([1, 2], "..")])
-def test_whiten_leaves_alone_what_has_no_spread(row: list[float], drawn: str) -> None:
+@pytest.mark.parametrize(("row", "drawn"), [([3.0, 8.0], "x."), ([1, 2], "..")])
+def test_whiten_leaves_a_single_value_alone(row: list[float], drawn: str) -> None:
     assert whiten(table(row), live(drawn)).tolist() == [row]
+
+
+def test_whitened_without_spread_is_nothing() -> None:
+    """Where all responses are equally good there is nothing to learn."""
+    assert whiten(table([2.0, 2.0, 9.0]), live("xx.")).tolist() == [[0.0, 0.0, 9.0]]
 
 
 def test_policy_term_where_nothing_has_changed() -> None:
@@ -338,6 +343,12 @@ def test_the_adaptive_controller(kl: float, factor: float) -> None:
     resumed = KlController(9.0, AdaptiveKl(kind="adaptive", target=6.0, horizon=1000))
     resumed.load_state_dict(controller.state_dict())
     assert resumed.coef == controller.coef
+
+
+def test_a_horizon_shorter_than_a_step_never_turns_the_penalty_round() -> None:
+    controller = KlController(0.5, AdaptiveKl(kind="adaptive", target=6.0, horizon=100))
+    controller.observe(0.0, responses=512)
+    assert controller.coef == 0.25
 
 
 def test_the_fixed_controller_is_what_the_config_says() -> None:

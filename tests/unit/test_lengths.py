@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +22,19 @@ LONG = Row("p:1", "p.jsonl, line 2", "abc>", response="cba" * 30, answer="cba", 
 
 
 def encoded(
-    folder: Path, model: Path, rows: list[Row], mix: dict[str, Any], **rollout: Any
+    folder: Path,
+    model: Path,
+    rows: list[Row],
+    mix: dict[str, Any],
+    held_out: Sequence[Row] = (),
+    test: Sequence[Row] = (),
+    **rollout: Any,
 ) -> None:
-    """On a GPT-2 with a context of 64."""
+    """On a model with a context of 64."""
     raw = raw_config(folder, rollout=rollout, mix=mix)
     config = Config.model_validate(raw)
     prompts = {"labelled": rows, "verifiable": [PROMPT], "unlabelled": []}
-    encode(config, build.Rows(prompts, [], [], []), str(model))
+    encode(config, build.Rows(prompts, held_out, test, []), str(model))
 
 
 @pytest.mark.parametrize("rollout", [{}, {"max_new_tokens": 60}])
@@ -61,3 +71,35 @@ def test_a_run_that_generates_nothing_needs_no_room_for_it(
 def test_an_example_beyond_it(tmp_path: Path, tiny_models: dict[str, Path]) -> None:
     with pytest.raises(InputError, match=r"p:1: 95 tokens with its response.* context of 64"):
         encoded(tmp_path, tiny_models["gpt2"], [PROMPT, LONG], {})
+
+
+@pytest.mark.parametrize("where", ["held_out", "test"])
+def test_a_response_that_is_evaluated_beyond_it(
+    tmp_path: Path, tiny_models: dict[str, Path], where: str
+) -> None:
+    """Its likelihood is told: learners compute it, those of `test` after the last step."""
+    with pytest.raises(InputError, match=r"p:1: 95 tokens with its response.* context of 64"):
+        encoded(tmp_path, tiny_models["gpt2"], [PROMPT], {}, **{where: [LONG]})
+
+
+@pytest.mark.parametrize(
+    ("layers", "fits"),
+    [(["sliding_attention", "full_attention"], False), (None, False), ([], True)],
+)
+def test_a_sliding_window(
+    tmp_path: Path, tiny_models: dict[str, Path], layers: list[str] | None, fits: bool
+) -> None:
+    """Attention within one is not computed, neither in a response nor in an example."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_models["llama"], model)
+    found = json.loads((model / "config.json").read_text()) | {"sliding_window": 20}
+    if layers is not None:
+        found["layer_types"] = layers or 2 * ["full_attention"]
+    (model / "config.json").write_text(json.dumps(found))
+    if fits:
+        return encoded(tmp_path, model, [PROMPT], {}, max_new_tokens=17)
+    with pytest.raises(InputError, match=r"p:0: .* are more than its sliding_window of 20"):
+        encoded(tmp_path, model, [PROMPT], {}, max_new_tokens=17)
+    middling = dataclasses.replace(LONG, response="cba" * 8)
+    with pytest.raises(InputError, match=r"p:1: 29 tokens .* than its sliding_window of 20"):
+        encoded(tmp_path, model, [PROMPT, middling], {})

@@ -166,6 +166,7 @@ def test_an_alert_when_workers_and_learners_disagree(tmp_path: Path) -> None:
     assert step == 2 and "disagree" in title
 
 
+HELD_OUT = ("eval/held_out/accuracy", "eval/held_out/reward")
 GAP = {"gap": {"limit": -1.0, "action": "roll_back"}}  # always past its limit
 
 
@@ -185,7 +186,7 @@ def test_a_roll_back_at_the_best_evaluation_finds_its_checkpoint(tmp_path: Path)
     """The evaluation that is too far from the reward may itself be the best so far."""
     rig = guarded(tmp_path, GAP)
     scores = iter([0.0, 1.0])
-    rig.loop._evaluated = lambda evaluator, watch: {"eval/held_out/accuracy": next(scores)}
+    rig.loop._evaluated = lambda evaluator, watch: dict.fromkeys(HELD_OUT, next(scores))
     assert rig.loop.run() == "roll_back"
     assert rig.loop.state.best_step == 1
     assert Checkpoints(tmp_path, 1).of_step(1) is not None

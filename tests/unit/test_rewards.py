@@ -119,6 +119,17 @@ def test_numeric(text: str, answer: str, score: float) -> None:
     assert numeric(NumericReward(kind="numeric"))(rollout(text, answer)) == score
 
 
+def test_an_answer_in_a_text_is_read_as_that_of_a_response() -> None:
+    """That of a labelled example is its whole response where it has no other."""
+    gold = "9 and 3 are 12, so it is 1,012."
+    judge = numeric(NumericReward(kind="numeric"))
+    assert [judge(rollout(text, gold)) for text in ("1012", "so 1,012", "12")] == [1, 1, 0]
+    with pytest.raises(ValueError, match="the answer 'none' has no number"):
+        judge(rollout("1", "none"))
+    line = exact(ExactReward(kind="exact", extract="first_line"))
+    assert [line(rollout(text, "yes\nsince …")) for text in ("yes\nI think", "no")] == [1, 0]
+
+
 def test_numeric_tolerance_and_extract() -> None:
     near = numeric(NumericReward(kind="numeric", tolerance=0.5))
     assert [near(rollout(text, "3")) for text in ("3.5", "2.5", "3.6")] == [1, 1, 0]

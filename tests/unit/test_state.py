@@ -181,7 +181,7 @@ def test_going_on_from_before_the_best_policy_sets_it_aside(
     chosen = written(tmp_path, 9, range(1, 6))[step - 1]
     tracker = JsonLines(tmp_path, None)
     for at, accuracy in enumerate([0.1, 0.3, None, 0.5, 0.5], start=1):
-        tracker.log(at, {"eval/held_out/accuracy": accuracy})
+        tracker.log(at, {f"eval/held_out/{key}": accuracy for key in ("accuracy", "reward")})
     tracker.close()
     (tmp_path / "policy-best").mkdir()
     monkeypatch.setattr(shards, "ranks", lambda _: 1)
@@ -200,6 +200,29 @@ def test_a_state_of_other_types_says_which(tmp_path: Path, name: str, value: obj
     (tmp_path / "state.json").write_text(json.dumps(content))
     with pytest.raises(InputError, match=f"state.json is not of this version: {name} is {value!r}"):
         read_state(tmp_path, is_whole=True)
+
+
+def test_the_reward_decides_where_accuracies_are_equal() -> None:
+    """Those of rewards that never reach 1 all are."""
+    assert RunState().is_beaten_by(0.0, -1.0)
+    best = RunState(step=4).with_best(0.0, -1.0)
+    assert best == RunState(step=4, best=0.0, best_reward=-1.0, best_step=4)
+    assert best.is_beaten_by(0.0, -0.5) and best.is_beaten_by(0.1, -2.0)
+    assert not best.is_beaten_by(0.0, -1.0) and not best.is_beaten_by(0.0, -2.0)
+    assert not RunState(best=0.5, best_step=2).is_beaten_by(0.5, 9.0), "of an earlier version"
+
+
+def test_a_guard_that_could_not_roll_back_is_refused_before_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written(tmp_path, 9, range(2, 4))  # the best is that of step 1
+    monkeypatch.setattr(shards, "ranks", lambda _: 1)
+    guard = {"guard": {"kl": {"limit": 1.0, "action": "roll_back"}}}
+    config = Config.model_validate(raw_config(tmp_path, semi=guard, eval={"every": 1}))
+    with pytest.raises(InputError, match=r"that of step 1, which has no checkpoint"):
+        _starting_point(config, tmp_path, True, Console(quiet=True))
+    written(tmp_path, 9, range(1, 2))
+    assert _starting_point(config, tmp_path, True, Console(quiet=True)).state.step == 3
 
 
 def lines(folder: Path, name: str) -> list[dict]:
@@ -292,3 +315,13 @@ def test_events(tmp_path: Path) -> None:
     assert (first["event"], first["step"]) == ("resumed", 3)
     assert second["event"] == "done"
     assert first["time"] <= second["time"]
+
+
+def test_a_row_that_was_cut_off_within_a_character_is_left_out(tmp_path: Path) -> None:
+    logged(tmp_path, None, range(1, 3))
+    path = tmp_path / "samples.jsonl"
+    content = path.read_bytes()
+    path.write_bytes(content[: content.rindex("é".encode()) + 1])
+    assert [row["response"] for row in read_rows(path)] == ["é0", "é1", "é0"]
+    logged(tmp_path, 1, range(2, 3))
+    assert path.read_bytes() == content.replace("é".encode(), b"\\u00e9", 2)
