@@ -156,12 +156,22 @@ class ZeroEngine:
         """
         if self._asleep:  # where they belong would be forgotten
             return
+        self._forget_views()
         states = [value for state in self._state.values() for value in state.values()]
         self._asleep = [
             (t, t.device) for t in (*self._masters, *states) if isinstance(t, torch.Tensor)
         ]
         for tensor, _ in self._asleep:
             tensor.data = tensor.data.to("cpu")
+
+    def _forget_views(self) -> None:
+        """At stages 1 and 2 DeepSpeed keeps a view of each parameter's part of them, for its own
+        checkpoints alone; with it the memory would stay.
+        """
+        for parameter in self._engine.module.parameters() if self._stage in (1, 2) else ():
+            if parameter.requires_grad and (views := parameter._hp_mapping) is not None:
+                views.hp_fragment = None
+                (views.optim_fragment or {}).clear()
 
     def _wake(self) -> None:
         for tensor, where in self._asleep:

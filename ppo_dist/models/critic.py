@@ -29,7 +29,7 @@ class CriticModel(nn.Module):
     ) -> torch.Tensor:
         """values_K, in fp32."""
         hidden_KH = hidden(self.trunk, tokens_S, positions_S, Packing(table_BL, home_S), states_K)
-        values_K: torch.Tensor = self.head(hidden_KH)[:, 0].float()
+        values_K: torch.Tensor = self.head(hidden_KH)
         return values_K
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -53,6 +54,7 @@ def merged(
     """Parameters, name by name, as the model without adapters would have them: W + (α/r)·B·A.
 
     At most one matrix is held beside what `named` gives. A model without adapters passes through.
+    What is coarser than fp32 is rounded by lot: most changes are far below the nearest step.
     """
     layers = {name: part for name, part in model.named_modules() if isinstance(part, LoraLayer)}
     base = low = torch.zeros(0)
@@ -68,6 +70,20 @@ def merged(
             change = (tensor.float() @ low) * layers[owner].scaling[NAME]
             if isinstance(layers[owner].get_base_layer(), Conv1D):
                 change = change.T  # GPT-2 keeps its matrices the other way round
-            yield f"{owner}.weight", (base.float() + change).to(base.dtype)
+            yield f"{owner}.weight", _rounded(base.float() + change, base.dtype, owner)
         else:
             yield name.replace(".base_layer.", "."), tensor
+
+
+def _rounded(exact: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
+    """To bf16 up or down, so that the mean is exact; by the same lots in every version, so that a
+    weight follows what it grows by. What bf16 holds, and what is not finite, stays as it is.
+    """
+    if dtype != torch.bfloat16:
+        return exact.to(dtype)
+    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4])
+    lots = torch.Generator(exact.device).manual_seed(seed)
+    bits = exact.contiguous().view(torch.int32)
+    draws = torch.empty_like(bits).random_(0, 1 << 16, generator=lots)
+    cut = ((bits + draws) & -(1 << 16)).view(torch.float32)
+    return torch.where(exact.isfinite(), cut, exact).to(dtype)

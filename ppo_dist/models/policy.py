@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -100,13 +101,24 @@ class PolicyModel(nn.Module):
         logprobs_K, entropy_K, is_argmax_K = self.head(hidden_KH, targets_K, temperature_K)
         values_K = torch.zeros_like(logprobs_K)
         if self.value_head is not None:
-            values_K = self.value_head(hidden_KH)[:, 0].float()
+            values_K = self.value_head(hidden_KH)
         return PolicyOutput(logprobs_K, entropy_K, is_argmax_K, values_K)
 
 
-def value_head(lm: PreTrainedModel) -> nn.Linear:
+class ValueHead(nn.Linear):
+    """The value of each state, in fp32 whatever the trunk computes in: values of bf16 have steps as
+    large as what they differ by from token to token.
+    """
+
+    def forward(self, hidden_KH: torch.Tensor) -> torch.Tensor:
+        """values_K."""
+        values_K: torch.Tensor = F.linear(hidden_KH.float(), self.weight.float())[:, 0]
+        return values_K
+
+
+def value_head(lm: PreTrainedModel) -> ValueHead:
     """A new head: 0 everywhere, so that the first advantages are the rewards themselves."""
-    head = nn.Linear(lm.config.hidden_size, 1, bias=False, dtype=lm.dtype)
+    head = ValueHead(lm.config.hidden_size, 1, bias=False, dtype=lm.dtype)
     nn.init.zeros_(head.weight)
     return head
 

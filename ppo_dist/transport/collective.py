@@ -138,23 +138,32 @@ class CollectiveReceiver:
         self._spoiled: dict[int, str] = {}  # versions that came with other bytes
         self._problem: str | None = None
         self._id: int | None = None
+        self._has_ended = False
         try:
             self._store = TCPStore(address, port, timeout=timedelta(seconds=deadline_s))
         except RuntimeError as error:
             raise WeightsError(f"{address}:{port}: {error}") from None
         self._register()
-        self._thread = threading.Thread(target=self._answer, daemon=True, name="weights")
+        self._thread = threading.Thread(target=self._listen, daemon=True, name="weights")
         self._thread.start()
 
     def receive(self, weights: Weights, deadline_s: float) -> None:
-        """See WeightReceiver."""
+        """See WeightReceiver.
+
+        Raises:
+            ConnectionError: nothing will arrive any more, here; a new process may connect.
+        """
+        version = weights.version
+
+        def is_settled() -> bool:
+            return version in self._versions or version in self._spoiled or self._has_ended
+
         with self._arrived:
-            version = weights.version
-            self._arrived.wait_for(
-                lambda: version in self._versions or version in self._spoiled, deadline_s
-            )
+            self._arrived.wait_for(is_settled, deadline_s)
             if version in self._versions:
                 return
+            if self._has_ended:
+                raise ConnectionError(f"the learners cannot be reached any more: {self._problem}")
             if version in self._spoiled:
                 raise WeightsError(f"version {version}: {self._spoiled[version]}")
             raise WeightsError(
@@ -182,6 +191,14 @@ class CollectiveReceiver:
         self._id = self._store.add("receivers", 1)
         self._group: Any = None
         self._name: str | None = None
+
+    def _listen(self) -> None:
+        try:
+            self._answer()
+        finally:
+            with self._arrived:
+                self._has_ended = True
+                self._arrived.notify_all()
 
     def _answer(self) -> None:
         """Takes part in every version from the call under way on."""

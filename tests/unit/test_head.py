@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ppo_dist.models.head import Head
+from ppo_dist.models.policy import ValueHead
 
 K, H, V = 7, 4, 11
 
@@ -51,3 +52,13 @@ def test_frozen_weights_get_no_gradient() -> None:
 def test_other_heads_are_refused() -> None:
     with pytest.raises(ValueError, match="Sequential"):
         Head(nn.Sequential(nn.Linear(H, V)), 3)
+
+
+def test_values_are_finer_than_the_trunk() -> None:
+    """Else GAE's differences from token to token would be those of rounding."""
+    head = ValueHead(64, 1, bias=False, dtype=torch.bfloat16)
+    hidden_KH = torch.randn(5, 64).to(torch.bfloat16)
+    values_K = head(hidden_KH)
+    exact_K = hidden_KH.double() @ head.weight.double()[0]
+    assert values_K.dtype == torch.float32
+    assert torch.allclose(values_K.double(), exact_K, atol=1e-6, rtol=1e-6)

@@ -162,6 +162,24 @@ def test_a_late_receiver_misses_what_it_is_late_for_and_nothing_more(
         assert time.monotonic() - begin < 1.0, "nobody waited for its old ID"
 
 
+def test_a_receiver_that_nothing_can_reach_any_more_is_lost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A new process may connect; who merely says that a version did not arrive is kept."""
+    far = Far(2)
+    one, other = far.receivers
+
+    def gone(*_: object) -> None:
+        raise RuntimeError("Connection reset by peer")
+
+    monkeypatch.setattr(one, "_takes_part", gone)
+    monkeypatch.setattr(one, "_register", gone)
+    sent = far.publish(1)
+    far.check(other, sent)
+    with pytest.raises(ConnectionError, match="cannot be reached any more: Connection reset"):
+        one.receive(sent, 60.0)
+
+
 class Broken:
     """A process group after an error of its own."""
 
