@@ -35,6 +35,7 @@ pytestmark = pytest.mark.slow
 STEPS, KILLS = 500, 25
 RESUMES_BEFORE = 0.4  # of the run: later the driver stays, so that its memory can be looked at
 EVERY_S = 1.0
+CONNECTIONS = 4  # to workers that come and go; a file left open by each kill would be more
 ROLES = {
     "-m ppo_dist": "driver",
     "raylet": "raylet",
@@ -188,13 +189,15 @@ def numbers(folder: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if not k.startswith(TIMINGS)} for row in rows]
 
 
-def is_flat(seen: list[tuple[int, int]], steps: int) -> bool:
-    """Whether the median of the last quarter of the steps is at most 5 % above the one before."""
+def is_flat(seen: list[tuple[int, int]], steps: int, spare: int = 0) -> bool:
+    """Whether the median of the last quarter of the steps is at most 5 % above the one before, and
+    what is to spare.
+    """
     third, last = (
         [value for step, value in seen if low * steps <= step < low * steps + steps / 4]
         for low in (0.5, 0.75)
     )
-    return statistics.median(last) <= 1.05 * statistics.median(third)
+    return statistics.median(last) <= 1.05 * statistics.median(third) + spare
 
 
 def test_soak(tmp_path: Path, pytestconfig: pytest.Config) -> None:
@@ -247,4 +250,4 @@ def test_soak(tmp_path: Path, pytestconfig: pytest.Config) -> None:
     assert left == [] and set(os.listdir("/dev/shm")) <= shared
     for kind in ROLES.values():
         assert is_flat(watch.memory[kind], steps), (kind, watch.memory[kind])
-        assert is_flat(watch.files[kind], steps), (kind, watch.files[kind])
+        assert is_flat(watch.files[kind], steps, CONNECTIONS), (kind, watch.files[kind])
