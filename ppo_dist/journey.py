@@ -93,15 +93,16 @@ def _check_lengths(config: Config, encoded: Encoded, model_path: str) -> None:
     """Raises InputError if a prompt with its response is longer than model or engine allow."""
     from transformers import AutoConfig
 
+    from ppo_dist.models.packing import sliding_window
+
     trust, new = config.model.trust_remote_code, config.rollout.max_new_tokens
     model = AutoConfig.from_pretrained(model_path, trust_remote_code=trust).get_text_config()
     positions = getattr(model, "max_position_embeddings", None) or math.inf
     engine = config.rollout.engine
     asked = engine.max_model_tokens if isinstance(engine, VllmEngine) else None
-    slides = "sliding_attention" in (getattr(model, "layer_types", None) or ["sliding_attention"])
-    window = getattr(model, "sliding_window", None) if slides else None
-    learns = min((positions, "the model's context"), (window or math.inf, "its sliding_window"))
-    limit, what = min(learns, (asked or math.inf, "max_model_tokens"))
+    window = sliding_window(model) or math.inf
+    context = min((positions, "the model's context"), (window, "its sliding_window"))
+    limit, what = min(context, (asked or math.inf, "max_model_tokens"))
     asked_for = [
         p for origin in encoded.prompts if uses(config, origin) for p in encoded.prompts[origin]
     ]
@@ -114,10 +115,10 @@ def _check_lengths(config: Config, encoded: Encoded, model_path: str) -> None:
                 "or data.max_prompt_tokens"
             )
     for example in (*encoded.examples, *encoded.held_out, *encoded.test):
-        if (total := len(example.prompt.tokens_P) + len(example.tokens_R)) > learns[0]:
+        if (total := len(example.prompt.tokens_P) + len(example.tokens_R)) > context[0]:
             raise InputError(
-                f"{example.prompt.uid}: {total} tokens with its response, more than {learns[1]} of "
-                f"{learns[0]}"
+                f"{example.prompt.uid}: {total} tokens with its response, more than {context[1]} "
+                f"of {context[0]}"
             )
 
 
@@ -180,15 +181,10 @@ class Journey:
         forgotten, while time and data go on.
 
         Raises:
-            InputError: there is none, as in a run that was resumed with this guard.
+            InputError: it is gone.
         """
         folder = Path(self.config.run.dir)
-        checkpoint = Checkpoints(folder, 1).of_step(state.best_step)
-        if checkpoint is None:
-            raise InputError(
-                f"{folder}: the guard would roll back, but the best evaluation has no checkpoint "
-                "(only a run that began with such a guard keeps it)"
-            )
+        checkpoint = Checkpoints(folder, 1).of_best(state)
         then, parts = read_state(checkpoint)
         self.memory.load_state_dict(parts, ["experience", "unlabelled"])
         self.memory.guard.rolled_back(state.step)

@@ -171,24 +171,13 @@ def _starting_point(config: Config, folder: Path, resume: bool | Path, console: 
     if is_started(folder):
         _compare(read_yaml(folder / CONFIG), config)
     state, parts = read_state(chosen, is_whole=not isinstance(resume, Path))
-    _check_way_back(config, folder, state)
+    if config.semi.guard.rolls_back and state.best_step is not None:
+        Checkpoints(folder, config.train.keep_checkpoints).of_best(state)
     learners = shards.ranks(chosen / "policy")
     console.print(f"resuming from {chosen}, written by {learners} learner(s)")
     for name in _set_aside_after(state.step, folder, config):
         console.print(f"set aside: {name}")
     return Start(chosen, state, parts)
-
-
-def _check_way_back(config: Config, folder: Path, state: RunState) -> None:
-    goes_back = any(check.action == "roll_back" for check in config.semi.guard.checks.values())
-    if not goes_back or state.best_step is None:
-        return
-    if Checkpoints(folder, config.train.keep_checkpoints).of_step(state.best_step) is None:
-        raise InputError(
-            f"{folder}: semi.guard would roll back to the best evaluation, that of step "
-            f"{state.best_step}, which has no checkpoint (only a run with such a guard keeps it): "
-            "choose another action, or another checkpoint to resume from"
-        )
 
 
 def _set_aside_after(step: int, folder: Path, config: Config) -> list[str]:

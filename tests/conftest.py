@@ -81,6 +81,9 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 TIMINGS = ("timing_s/", "perf/", "system/")  # what differs between two runs that are equal
 
 
+ROLLOUT_BACK_S, LEARNERS_BACK_S = 30, 60  # how soon there are new ones for those that were lost
+
+
 def raw_config(folder: Path, **sections: Any) -> dict[str, Any]:
     """A small run on words spelled backward, as plain data; sections are merged over it."""
     words = {

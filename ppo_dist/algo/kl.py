@@ -51,8 +51,8 @@ class KlController:
     """The coefficient β of the KL penalty, step by step.
 
     Adaptive: β ← β·(1 + clip(KL/target − 1, ±0.2)·n/horizon) after each step of n responses, where
-    KL is the mean over responses of the sum over tokens of log π − log π_ref. A horizon of a few
-    steps or less halves β at most: it never turns negative.
+    KL is the mean over responses of the sum over tokens of log π − log π_ref. Where n is
+    several horizons, β is halved at most: it would turn negative.
 
     Source: Ziegler et al. 2019, arXiv:1909.08593, section 2.2.
     """

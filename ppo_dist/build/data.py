@@ -107,7 +107,7 @@ def _check_files(folder: Path, may_run_code: bool) -> None:
     from safetensors import SafetensorError, safe_open
     from transformers import AutoConfig
 
-    from ppo_dist.models.policy import AFTER_THE_HEAD
+    from ppo_dist.models.policy import after_the_head
 
     for weights in sorted(folder.glob("*.safetensors")):
         try:
@@ -125,11 +125,9 @@ def _check_files(folder: Path, may_run_code: bool) -> None:
             ) from None
         reason = " ".join(str(error).split())
         raise InputError(f"{folder}: its config.json cannot be used: {reason}") from None
-    text = config.get_text_config()
-    for name in AFTER_THE_HEAD:
-        if getattr(text, name, None) not in (None, 1.0):
-            raise InputError(f"{folder}: models with {name} are not supported")
-    if others := set(getattr(config, "layer_types", None) or ()) - ATTENDING:
+    if (name := after_the_head(config.get_text_config())) is not None:
+        raise InputError(f"{folder}: models with {name} are not supported")
+    if others := set(config.to_dict().get("layer_types") or ()) - ATTENDING:
         raise InputError(
             f"{folder}: has layers of kind {', '.join(sorted(others))}, which would mix sequences "
             f"that are packed into one row; those of kind {', '.join(sorted(ATTENDING))} do not"

@@ -83,7 +83,7 @@ def workers(
         return
     takes_turns = config.cluster.placement == "colocated"
     with (
-        connected(config, model_path, resume is None) as (ranks, remote, reward),
+        connected(config, model_path, is_first=resume is None) as (ranks, remote, reward),
         _started(config, remote, takes_turns) as pool,
     ):
         ranks.start(model_path, resume)

@@ -44,7 +44,7 @@ class RolloutActor(RolloutWorker):
 @dataclass(frozen=True)
 class Crew:
     """What all rollout workers have in common. `lent` says which GPUs those in a bundle borrow, if
-    they do; an engine of the first ones that does not start will not start elsewhere either;
+    they do. Where the run begins with them, `is_first`, an engine that does not start never will.
     `added` are places beyond those that were reserved together.
     """
 

@@ -40,7 +40,9 @@ AnyExtract = Annotated[
 
 
 class ExactReward(Section):
-    """1 if the extracted text equals the answer (white space at both ends aside), else 0."""
+    """1 if the extracted text equals the answer (white space at both ends aside), or what is
+    extracted from that, else 0.
+    """
 
     kind: Literal["exact"]
     extract: AnyExtract = Extract()
@@ -48,7 +50,9 @@ class ExactReward(Section):
 
 
 class NumericReward(Section):
-    """1 if the extracted number is within `tolerance` of the answer, else 0."""
+    """1 if the extracted number is within `tolerance` of the answer, else 0. An answer that is no
+    number has the one that is extracted from it.
+    """
 
     kind: Literal["numeric"]
     extract: AnyExtract = Extract(kind="last_number")

@@ -99,6 +99,11 @@ class Guard(Section):
         """Those that are not null, by name."""
         return {name: check for name, check in self if isinstance(check, Check)}
 
+    @property
+    def rolls_back(self) -> bool:
+        """Whether one of them may return to the best evaluation, which then needs a checkpoint."""
+        return any(check.action == "roll_back" for check in self.checks.values())
+
 
 class Semi(Section):
     """What becomes of responses without a checker, and what is watched meanwhile."""

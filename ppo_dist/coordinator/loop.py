@@ -93,8 +93,7 @@ class Loop:
         self._checkpoints = Checkpoints(self._folder, config.train.keep_checkpoints)
         self._keys = keys(config)
         self.watch = Watch(config, parts.tracker, memory.guard)
-        checks = config.semi.guard.checks.values()
-        self._goes_back = any(check.action == "roll_back" for check in checks)
+        self._goes_back = config.semi.guard.rolls_back
         self.pending = pending
         memory.ahead.begin(parts.pool)
         self._loaded_version: int | None = None
@@ -260,8 +259,8 @@ class Loop:
         if self._parts.held_out is not None:
             row |= self._evaluated(self._parts.held_out, watch)
             accuracy, reward = row["eval/held_out/accuracy"], row["eval/held_out/reward"]
-            if accuracy is not None and self.state.is_beaten_by(accuracy, reward or 0.0):
-                self.state = self.state.with_best(accuracy, reward or 0.0)
+            if self.state.is_beaten_by(accuracy, reward):
+                self.state = self.state.with_best(accuracy, reward)
                 self._parts.learners.save(policy=self._folder / BEST)
         if self._parts.test is not None and self.state.step == self._config.train.steps:
             row |= self._evaluated(self._parts.test, watch)

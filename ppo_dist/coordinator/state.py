@@ -34,14 +34,16 @@ class RunState:
     best_reward: float | None = None
     best_step: int | None = None
 
-    def is_beaten_by(self, accuracy: float, reward: float) -> bool:
-        """Whether a held-out evaluation is better than the best so far."""
+    def is_beaten_by(self, accuracy: float | None, reward: float | None) -> bool:
+        """Whether a held-out evaluation is better than the best so far; none is not."""
+        if accuracy is None or reward is None:
+            return False
         if self.best is None:
             return True
         before = math.inf if self.best_reward is None else self.best_reward
         return (accuracy, reward) > (self.best, before)
 
-    def with_best(self, accuracy: float, reward: float) -> RunState:
+    def with_best(self, accuracy: float | None, reward: float | None) -> RunState:
         """With the evaluation of this step as the best."""
         return replace(self, best=accuracy, best_reward=reward, best_step=self.step)
 
@@ -83,6 +85,21 @@ class Checkpoints:
         """The checkpoint that was written after a step, if there is one."""
         folder = self._folder / f"step-{step:08d}" if step is not None else None
         return folder if folder is not None and folder.exists() else None
+
+    def of_best(self, state: RunState) -> Path:
+        """The checkpoint of the best evaluation.
+
+        Raises:
+            InputError: there is none, as in a run that began without a guard that rolls back.
+        """
+        found = self.of_step(state.best_step)
+        if found is None:
+            raise InputError(
+                f"{self._folder}: semi.guard would roll back to the best evaluation, that of step "
+                f"{state.best_step}, which has no checkpoint (only a run that began with such a "
+                "guard keeps it): choose another action, or another checkpoint to resume from"
+            )
+        return found
 
     def newest_mb(self) -> float | None:
         """Megabytes that the newest checkpoint takes, if there is one."""

@@ -168,10 +168,11 @@ class ZeroEngine:
         """At stages 1 and 2 DeepSpeed keeps a view of each parameter's part of them, for its own
         checkpoints alone; with it the memory would stay.
         """
-        for parameter in self._engine.module.parameters() if self._stage in (1, 2) else ():
+        if self._stage == 3:
+            return
+        for parameter in self._engine.module.parameters():
             if parameter.requires_grad and (views := parameter._hp_mapping) is not None:
-                views.hp_fragment = None
-                (views.optim_fragment or {}).clear()
+                views.hp_fragment, views.optim_fragment = None, {}
 
     def _wake(self) -> None:
         for tensor, where in self._asleep:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
+from transformers import PretrainedConfig
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
@@ -92,3 +93,11 @@ def no_mask(row: torch.Tensor) -> torch.Tensor:
 
 AttentionInterface.register(ATTENTION, attend)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+
+def sliding_window(config: PretrainedConfig) -> int | None:
+    """How many tokens the layers of a model see that do not see all, if it has such layers."""
+    shape = config.to_dict()
+    slides = "sliding_attention" in (shape.get("layer_types") or ["sliding_attention"])
+    window: int | None = shape.get("sliding_window") if slides else None
+    return window

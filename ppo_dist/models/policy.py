@@ -10,6 +10,7 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -77,9 +78,8 @@ class PolicyModel(nn.Module):
         self, lm: PreTrainedModel, logits_chunk: int, has_value_head: bool = False
     ) -> None:
         super().__init__()
-        for name in AFTER_THE_HEAD:
-            if getattr(lm.config, name, None) not in (None, 1.0):
-                raise ValueError(f"models with {name} are not supported")
+        if (name := after_the_head(lm.config)) is not None:
+            raise ValueError(f"models with {name} are not supported")
         self.lm = lm
         self.head = Head(lm.get_output_embeddings(), logits_chunk)
         self.value_head = value_head(lm) if has_value_head else None
@@ -103,6 +103,12 @@ class PolicyModel(nn.Module):
         if self.value_head is not None:
             values_K = self.value_head(hidden_KH)
         return PolicyOutput(logprobs_K, entropy_K, is_argmax_K, values_K)
+
+
+def after_the_head(config: PretrainedConfig) -> str | None:
+    """What is done to the logits of a model beyond its head, which is not computed here."""
+    shape = config.to_dict()
+    return next((name for name in AFTER_THE_HEAD if shape.get(name) not in (None, 1.0)), None)
 
 
 class ValueHead(nn.Linear):

@@ -59,16 +59,16 @@ class Judged:
 
 def exact(rule: ExactReward) -> Judge:
     """1 if the extracted text is the answer, or what is extracted from that, else 0."""
-    extract = extractor(rule.extract)
+    extract, fold = extractor(rule.extract), str.lower if rule.ignore_case else str
 
     def judge(rollout: Rollout) -> float:
         found, answer = extract(rollout.text), _answer(rollout)
         if found is None:
             return 0.0
-        right = [answer.strip(), extract(answer)]
-        if rule.ignore_case:
-            found, right = found.lower(), [text and text.lower() for text in right]
-        return float(found in right)
+        if fold(found) == fold(answer.strip()):
+            return 1.0
+        within = extract(answer)
+        return float(within is not None and fold(found) == fold(within))
 
     return judge
 

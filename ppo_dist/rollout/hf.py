@@ -11,6 +11,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_dist.device import free_cache, multiplier
+from ppo_dist.models.packing import sliding_window
 from ppo_dist.protocols import NamedTensors
 from ppo_dist.rollout.sampling import draw, uniforms
 from ppo_dist.rollout.slots import Slots
@@ -43,7 +44,7 @@ class HfEngine:
         self._stops = np.array(sorted(stops))
         self._device = device
         self._slots = slots
-        self._window: int | None = getattr(lm.config, "sliding_window", None)
+        self._window: int | None = sliding_window(lm.config)
         self._version: int | None = 0  # the model as it was read from disk
         self._pack_head()
 

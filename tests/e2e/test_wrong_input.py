@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -17,7 +16,7 @@ import yaml
 from tests.conftest import raw_config
 
 LABELLED = {"prompt": "ab>", "response": "ba"}
-LIMIT_S = 10  # of a core, whatever else the machine does; most take 1 to 3 s
+LIMIT_S = 10  # on a quiet machine these take 1 to 3 s
 
 
 def command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -84,10 +83,9 @@ CASES: dict[str, tuple[Callable[[dict[str, Any]], None], list[str]]] = {
 def test_one_clear_line(tmp_path: Path, name: str) -> None:
     change, words = CASES[name]
     config = written(tmp_path, change)
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    begin = time.monotonic()
     result = command("train", config)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    seconds = time.monotonic() - begin
     assert result.returncode == 2, result.stderr
     lines = result.stderr.strip().splitlines()
     assert len(lines) == 1, result.stderr
@@ -124,8 +122,8 @@ def test_more_than_the_cluster_has(
     config = written(tmp_path, change)
     begin = time.monotonic()
     result = command("train", config)
-    seconds = time.monotonic() - begin  # most of it Ray's start, which takes 8 where all is quiet
+    seconds = time.monotonic() - begin
     assert result.returncode == 2, result.stderr
     assert "Traceback" not in result.stderr
     assert all(word in result.stderr for word in words)
-    assert seconds < 60
+    assert seconds < 30

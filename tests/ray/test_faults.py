@@ -26,9 +26,8 @@ from ppo_dist.cluster.pool import RemoteWorker
 from ppo_dist.config import Config, RunError
 from ppo_dist.run import train
 from ppo_dist.tracking.local import JsonLines, read_rows
-from tests.conftest import TIMINGS, raw_config
+from tests.conftest import LEARNERS_BACK_S, ROLLOUT_BACK_S, TIMINGS, raw_config
 
-ROLLOUT_BACK_S, LEARNERS_BACK_S = 30, 60
 HANG_S = 15.0  # a deadline that a busy machine meets, and a hanging process does not
 SUPERVISED = {"kind": "supervised_first", "steps": 1, "then": 0.5}
 ADAPTIVE = {"kl": {"coef": 0.1, "controller": {"kind": "adaptive", "target": 0.01, "horizon": 30}}}

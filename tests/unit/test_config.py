@@ -120,6 +120,14 @@ def test_defaults_of_a_minimal_config(read) -> None:
             {"algorithm": {"old_logprobs": "behaviour"}, "critic": {"shared": True}},
             "set algorithm.old_logprobs to recompute",
         ),
+        (
+            {
+                "algorithm": {
+                    "kl": {"coef": 0, "controller": {"kind": "adaptive", "target": 1, "horizon": 9}}
+                }
+            },
+            "algorithm.kl.coef 0 stays 0 under an adaptive controller",
+        ),
         ({"model": {"lora": {}}}, "set reference.reset to never"),
         ({"reference": None, "algorithm": {"kl": 0.1}}, "without one (reference null)"),
         (

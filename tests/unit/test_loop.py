@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 
 from ppo_dist.coordinator.state import Checkpoints
 from ppo_dist.coordinator.watch import read_update
+from ppo_dist.types import Rollout, Score
+from tests.fakes import FakeReward
 from tests.unit.rig import Rig
 
 
@@ -164,6 +167,23 @@ def test_an_alert_when_workers_and_learners_disagree(tmp_path: Path) -> None:
     rig.loop.run()
     ((step, title, _),) = rig.tracker.alerts
     assert step == 2 and "disagree" in title
+
+
+class Broken(FakeReward):
+    """A judge that fails on everything."""
+
+    def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
+        return [Score(0.0, "numeric", "ValueError: no number") for _ in rollouts]
+
+
+def test_an_alert_when_an_evaluation_cannot_be_judged(tmp_path: Path) -> None:
+    """Else its accuracy is 0 for a reason that nobody sees."""
+    rig = Rig(tmp_path, judge=Broken(), mix={"prompts": 0}, eval={"every": 1}, train={"steps": 1})
+    rig.loop.run()
+    told = [(step, title) for step, title, _ in rig.tracker.alerts]
+    assert told == [
+        (step, "3 of 3 responses could not be judged and count as 0") for step in (0, 1)
+    ]
 
 
 HELD_OUT = ("eval/held_out/accuracy", "eval/held_out/reward")

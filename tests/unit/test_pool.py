@@ -167,7 +167,7 @@ def test_the_others_do_not_wait_for_a_late_one() -> None:
     for version in (1, 2, 3):
         begin = time.monotonic()
         assert made.load(Weights(version, (), again=False))
-        assert time.monotonic() - begin < 5, "it is asked once, and then left alone"
+        assert time.monotonic() - begin < 1, "it is asked once, and then left alone"
         assert uids(made.collect(made.submit(work(version)))) == wanted(version)
     assert workers[0].served == [] and workers[0].received == {0}
     late.set()

@@ -283,7 +283,7 @@ def test_the_time_of_a_step_is_bounded(slow: Behaviour) -> None:
         found = remote(server.url, on_failure="drop", **keys).score(rollouts(10))
         seconds = time.monotonic() - begin
     assert values(found) == [None] * 10
-    assert seconds < (1 + 2) * (2 * 0.1 + 0.1) + 3, "1 round, then 2 of 2 batches"
+    assert seconds < (1 + 2) * (2 * 0.1 + 0.1) + 0.5, "1 round, then 2 of 2 batches"
 
 
 def test_the_server_says_when_to_come_again() -> None:

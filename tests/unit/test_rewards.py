@@ -127,6 +127,9 @@ def test_an_answer_in_a_text_is_read_as_that_of_a_response() -> None:
     with pytest.raises(ValueError, match="the answer 'none' has no number"):
         judge(rollout("1", "none"))
     line = exact(ExactReward(kind="exact", extract="first_line"))
+    loose = exact(ExactReward(kind="exact", extract="first_line", ignore_case=True))
+    assert loose(rollout("YES\nI think", "yes\nsince …")) == 1
+    assert line(rollout("", " \n")) == 0, "nothing is no answer"
     assert [line(rollout(text, "yes\nsince …")) for text in ("yes\nI think", "no")] == [1, 0]
 
 
