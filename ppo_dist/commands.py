@@ -82,6 +82,7 @@ def dashboard(arguments: argparse.Namespace) -> int:
 
     if arguments.out is not None:
         write(config, arguments.out)
+        print(f"wrote {arguments.out}")
     else:
         print(publish(config, arguments.entity))
     return 0

@@ -153,10 +153,8 @@ def export(checkpoint: Path, out: Path) -> None:
     """Writes the policy of a checkpoint as a Hugging Face folder.
 
     Raises:
-        InputError: the checkpoint is not whole or not part of a run, or the folder exists already.
+        InputError: the checkpoint is not whole or not part of a run.
     """
-    if out.exists():
-        raise InputError(f"{out}: exists already")
     read_state(checkpoint)
     config = _config_of(checkpoint.resolve().parent.parent)
     model_path = build.model_folder(config, build.check(config))

@@ -80,6 +80,7 @@ def publish(config: Config, entity: str) -> str:
 
 def write(config: Config, out: Path) -> None:
     """Writes what would be sent into a file."""
+    out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(spec(config), indent=1) + "\n", encoding="utf-8")
 
 

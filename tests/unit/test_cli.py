@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -59,3 +60,24 @@ def test_an_override_after_resume_is_one(
     assert main(["train", "c.yaml", *(word.format(folder=folder) for word in words)]) == 0
     expected = resume.format(folder=folder) if isinstance(resume, str) else resume
     assert (given[0].resume, given[0].overrides) == (expected, overrides)
+
+
+@pytest.mark.parametrize(
+    ("words", "place", "said"),
+    [
+        (["fetch", "smollm2-135m"], "there", "exists already"),
+        (["export", "checkpoint"], "there", "exists already"),
+        (["export", "checkpoint"], "file/out", "file is not a folder that can be written to"),
+        (["dashboard", "c.yaml", "--out"], "there", "is a folder"),
+        (["dashboard", "c.yaml", "--out"], "file/a/b.json", "file is not a folder that"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_done(
+    words: list[str], place: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as ended:
+        main([*words, str(tmp_path / place)])
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err

@@ -37,10 +37,11 @@ def test_every_key_is_in_one_panel(tmp_path: Path) -> None:
 def test_the_command(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, out = tmp_path / "config.yaml", tmp_path / "spec.json"
+    path, out = tmp_path / "config.yaml", tmp_path / "new" / "spec.json"
     path.write_text(yaml.safe_dump(raw_config(tmp_path / "run")))
     assert main(["dashboard", str(path), "--out", str(out)]) == 0
     assert sections(json.loads(out.read_text()))
+    assert capsys.readouterr().out == f"wrote {out}\n"
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     assert main(["dashboard", str(path), "--entity", "me"]) == 2
