@@ -259,6 +259,6 @@ def _parts(config: Config, models: int) -> int:
     """
     lm = load_policy(str(config.model.path), DTYPES[config.learner.dtype])
     count = sum(p.numel() for p in lm.parameters())  # the critic's trunk has the embeddings too
-    each = 2 + 4 + 2 + 8 if config.learner.dtype == "bf16" else 4 + 4 + 8
+    each = 2 + 4 + 4 + 8 if config.learner.dtype == "bf16" else 4 + 4 + 8
     weights = 2 if config.learner.dtype == "bf16" else 4
     return each * count * models + weights * count * (models - 1)
