@@ -131,7 +131,8 @@ def evaluate(config: Config, policy: str | None, console: Console) -> None:
     build.check_servers(config)
     sets = {"held_out": encoded.held_out, "test": encoded.test}
     row: Row = {}
-    with build.cluster(config), build.rollout_pool(config, path) as (pool, reward):
+    alone = build.cluster(config, has_learners=False)
+    with alone, build.rollout_pool(config, path) as (pool, reward):
         for name, examples in sets.items():
             if examples:
                 evaluator = Evaluator(config, name, examples, pool, reward, None)
@@ -155,11 +156,13 @@ def export(checkpoint: Path, out: Path) -> None:
     Raises:
         InputError: the checkpoint is not whole or not part of a run.
     """
+    from ppo_dist.learner.export import export as write
+
     read_state(checkpoint)
     config = _config_of(checkpoint.resolve().parent.parent)
-    model_path = build.model_folder(config, build.check(config))
-    with build.cluster(config), build.learners(config, model_path, checkpoint.resolve()) as group:
-        group.save(policy=out.resolve())
+    path = build.initial_policy(config)
+    build.check_model(path, config.model.trust_remote_code)
+    write(config, path, checkpoint, out)
     print(f"wrote {out}")
 
 
@@ -181,7 +184,8 @@ def replay(update: Path, console: Console) -> None:
         if columns := not_finite(sequence):
             console.print(f"{sequence.uid}: not finite: {', '.join(columns)}", highlight=False)
     model_path = build.model_folder(config, build.check(config))
-    with build.cluster(config), build.learners(config, model_path, checkpoint) as group:
+    alone = build.cluster(config, has_rollouts=False)
+    with alone, build.learners(config, model_path, checkpoint) as group:
         report = group.update([sequences], coefficients).updates[0]
     made = Table("of this update", "")
     for name, value in {**vars(report.counts), **vars(report.sums)}.items():

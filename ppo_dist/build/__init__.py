@@ -4,7 +4,15 @@
 rest.
 """
 
-from ppo_dist.build.data import Rows, absolute, check, check_model, located, model_folder
+from ppo_dist.build.data import (
+    Rows,
+    absolute,
+    check,
+    check_model,
+    initial_policy,
+    located,
+    model_folder,
+)
 from ppo_dist.build.parts import advantage_estimator, check_servers, gate, reward_source
 from ppo_dist.build.workers import cluster, connected, learners, rollout_pool, workers
 
@@ -18,6 +26,7 @@ __all__ = [
     "cluster",
     "connected",
     "gate",
+    "initial_policy",
     "learners",
     "located",
     "model_folder",

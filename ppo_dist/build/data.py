@@ -184,6 +184,11 @@ def absolute(path: str) -> str:
     return str(Path(path).resolve()) if Path(path).is_dir() else path
 
 
+def initial_policy(config: Config) -> str:
+    """Where the policy that a run begins with is, or will be."""
+    return config.model.path or str(Path(config.run.dir) / "model")
+
+
 def model_folder(config: Config, rows: Rows, is_new: bool = False) -> str:
     """The initial policy's path; a model from scratch is made in the run folder, once, or again for
     a run that begins.
@@ -194,7 +199,7 @@ def model_folder(config: Config, rows: Rows, is_new: bool = False) -> str:
     from ppo_dist.models.scratch import make_model
 
     assert config.model.scratch is not None, "the schema demands one of the two"
-    folder = Path(config.run.dir) / "model"
+    folder = Path(initial_policy(config))
     if is_new or not folder.exists():
         every = [*[row for group in rows.prompts.values() for row in group], *rows.held_out]
         texts = [

@@ -45,12 +45,14 @@ def before_ray(cluster: Cluster) -> None:
 
 
 @contextlib.contextmanager
-def cluster(config: Config) -> Iterator[Config]:
+def cluster(
+    config: Config, has_learners: bool = True, has_rollouts: bool = True
+) -> Iterator[Config]:
     """Whatever the workers run on: a Ray connection, or nothing. Yields the config with
     `cluster.device` settled for as long: a run that loses its GPUs shall not go on on CPUs.
 
     Raises:
-        InputError: the cluster cannot be joined, or is too small for a training run of this config.
+        InputError: the cluster cannot be joined, or is too small for those workers.
     """
     if config.cluster.kind == "local":
         yield config
@@ -59,7 +61,7 @@ def cluster(config: Config) -> Iterator[Config]:
     from ppo_dist.cluster.session import fitting, session
 
     with session(config.cluster):
-        settled = {"device": fitting(config).device}
+        settled = {"device": fitting(config, has_learners, has_rollouts).device}
         section = config.cluster.model_copy(update=settled)
         yield config.model_copy(update={"cluster": section})
 

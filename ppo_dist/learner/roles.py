@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
 
 from ppo_dist import device, files
 from ppo_dist.config import Config, RunError
-from ppo_dist.learner import shards
+from ppo_dist.learner import export, shards
 from ppo_dist.learner.engine import ZeroEngine, barrier, frozen, model_dtype, sharded
 from ppo_dist.learner.flops import Cost
 from ppo_dist.models.critic import load_critic
@@ -74,7 +73,8 @@ class Roles:
                 pass
         else:
             state = {name: tensor.cpu().clone() for name, tensor in self.published()}
-            self._write_policy(folder, state)
+            trust = self._config.model.trust_remote_code
+            export.write(folder, self._policy_model.lm, state, self._model_path, trust)
         barrier()
 
     def save_checkpoint(self, folder: Path) -> None:
@@ -99,7 +99,8 @@ class Roles:
     def published(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The language model's parameters as others know them. Every rank must take all."""
         parameters = self.policy.parameters(self._config.transport.bucket_mb * MEGABYTE)
-        named = ((n.removeprefix("lm."), p) for n, p in parameters if n.startswith("lm."))
+        own = export.LM
+        named = ((n.removeprefix(own), p) for n, p in parameters if n.startswith(own))
         return merged(self._policy_model.lm, named)
 
     def _load_policy(self, path: str, has_value_head: bool = False) -> PolicyModel:
@@ -208,10 +209,3 @@ class Roles:
         shutil.copytree(folder, target)
         if files.sums(target) != self._reference_sums:
             raise RunError(f"{folder}: the reference is damaged on the disk")
-
-    def _write_policy(self, folder: Path, state: dict[str, torch.Tensor]) -> None:
-        with files.aside(folder) as made:
-            self._policy_model.lm.save_pretrained(made, state_dict=state)
-            trust = self._config.model.trust_remote_code
-            tokenizer = AutoTokenizer.from_pretrained(self._model_path, trust_remote_code=trust)
-            tokenizer.save_pretrained(made)

@@ -77,8 +77,9 @@ def write(folder: Path, rank: int, pieces: Sequence[Piece], state: State) -> Non
         save_file(named, folder / f"{kind}-{rank}.safetensors")
 
 
-def read(folder: Path, pieces: Sequence[Piece], state: State) -> None:
-    """Fills a rank's pieces, and the state of its optimizer, which has none yet.
+def read(folder: Path, pieces: Sequence[Piece], state: State | None = None) -> None:
+    """Fills a rank's pieces, and the state of its optimizer, which has none yet; without it, the
+    weights alone.
 
     Raises:
         InputError: a file or a parameter is not there, has another size or cannot be read; names
@@ -95,6 +96,11 @@ def read(folder: Path, pieces: Sequence[Piece], state: State) -> None:
                     "the checkpoint is of another model"
                 )
             _fill(piece, parts, piece.owner, folder)
+    if state is not None:
+        _read_state(folder, pieces, state)
+
+
+def _read_state(folder: Path, pieces: Sequence[Piece], state: State) -> None:
     for kind in sorted({path.name.rpartition("-")[0] for path in folder.iterdir()} - {WEIGHTS}):
         with _saved(folder, kind) as saved:
             for piece in pieces:

@@ -18,6 +18,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ppo_dist.config import Config, InputError
+from ppo_dist.inspect import export
 from ppo_dist.run import train
 from tests.conftest import TIMINGS, raw_config
 
@@ -204,6 +205,7 @@ def test_commands_beside_training(whole: Path, tmp_path: Path) -> None:
     ("name", "sections"),
     [
         ("lora", {"model": {"lora": {"rank": 4}}, "reference": {"reset": "never"}}),
+        ("bf16", {"learner": {"dtype": "bf16"}}),
         ("shared trunk", {"critic": {"shared": True}}),
         ("no critic", {"algorithm": {"advantage": "group_mean", "kl": "loss"}}),
         ("no reference", {"reference": None, "algorithm": {"kl": 0}}),
@@ -237,6 +239,18 @@ def test_variants_resume_exactly_and_export(
     }
     moved = [n for n, p in policy.named_parameters() if not torch.equal(p, theirs[n])]
     assert moved and (name != "lora" or all(".weight" in n and "ln_" not in n for n in moved))
+    assert_is_exported_without_its_cluster(tmp_path / "whole", "step-00000004", tmp_path / "out")
+
+
+def assert_is_exported_without_its_cluster(run_folder: Path, checkpoint: str, out: Path) -> None:
+    written = run_folder / "config.yaml"
+    raw = yaml.safe_load(written.read_text())
+    raw["cluster"] = {"kind": "ray", "address": "203.0.113.1:6379"}
+    raw["learner"]["workers"] = 64
+    written.write_text(yaml.safe_dump(raw))
+    export(run_folder / "checkpoints" / checkpoint, out)
+    for file in (run_folder / "policy").iterdir():
+        assert (out / file.name).read_bytes() == file.read_bytes(), file.name
 
 
 def test_a_reference_that_teaches_nothing_changes_nothing(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from ppo_dist.config import Config
+from ppo_dist.inspect import export
 from ppo_dist.run import train
 from tests.conftest import TIMINGS, raw_config
 
@@ -26,6 +27,9 @@ def run(folder: Path, stage: int, workers: int, **cluster: str) -> tuple[list[An
         tracking={"samples": 1000},
     )
     assert train(Config.model_validate(raw), resume=False, console=Console(quiet=True)) == 0
+    export(sorted((folder / "checkpoints").iterdir())[-1], folder / "out")
+    whole, exported = ((folder / of / "model.safetensors").read_bytes() for of in ("policy", "out"))
+    assert whole == exported, "all learners' shards together are the policy"
 
     def read(name: str) -> list[Any]:
         return [json.loads(line) for line in (folder / name).read_text().splitlines()]
