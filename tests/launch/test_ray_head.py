@@ -1,4 +1,6 @@
-"""A cluster of launch/ray_head.sh, and runs that are submitted to it."""
+"""A cluster of launch/ray_head.sh, and runs that are submitted to it. With `-s` what `ppo-dist submit`
+says is shown.
+"""
 
 from __future__ import annotations
 
@@ -54,13 +56,15 @@ class Head:
             return error.code
 
     def submit(self, config: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
+        done = subprocess.run(
             self.command(config, *arguments),
             env=self.env | env,
             capture_output=True,
             text=True,
             timeout=300,
         )
+        print(done.stdout, done.stderr)
+        return done
 
     def command(self, config: Path, *arguments: str) -> list[str]:
         there = ["--address", self.address, "--working-dir", str(config.parent)]
@@ -219,6 +223,7 @@ def test_ctrl_c_stops_it_after_a_checkpoint_and_it_resumes(head: Head, tmp_path:
     wait_for(lambda: seen(b"[y/N]"), 30, said.decode)
     os.write(terminal, b"y\n")
     wait_for(lambda: seen(b"exit code 130"), 60, said.decode)
+    print(said.decode())
     assert process.wait(30) == 130, said.decode()
     os.close(terminal)
     done = rows(tmp_path)

@@ -1,4 +1,4 @@
-"""launch/slurm.sbatch on a real Slurm of two unequal nodes."""
+"""launch/slurm.sbatch on a real Slurm of two unequal nodes. With `-s` the jobs' logs are shown."""
 
 from __future__ import annotations
 
@@ -95,6 +95,7 @@ def test_preempted_thrice_it_equals_an_uninterrupted_run(cluster: Slurm, tmp_pat
     cluster.command("scontrol", "requeue", job)
     wait_for(lambda: cluster.job(job)["Restarts"] == "3", 60, why)
     wait_for(lambda: cluster.job(job)["JobState"] == "COMPLETED", 240, why)
+    print(why())
     assert cluster.job(job)["ExitCode"] == "0:0"
     assert not token.exists() and not left_of(job)
 
@@ -117,7 +118,9 @@ def test_its_exit_code_is_the_runs(cluster: Slurm, tmp_path: Path) -> None:
     wait_for(lambda: cluster.job(job)["JobState"] == "FAILED", 240)
     found = cluster.job(job)
     assert found["ExitCode"] == "2:0" and found["Restarts"] == "0"
-    assert "nowhere.jsonl" in (tmp_path / f"slurm-{job}.out").read_text()
+    said = (tmp_path / f"slurm-{job}.out").read_text()
+    print(said)
+    assert "nowhere.jsonl" in said
     assert not left_of(job)
 
 
