@@ -1,5 +1,5 @@
-"""A cluster of launch/ray_head.sh, and runs that are submitted to it. With `-s` what `ppo-dist submit`
-says is shown.
+"""A cluster of launch/ray_head.sh, and runs that are submitted to it. With `-s` the jobs' logs are
+shown.
 """
 
 from __future__ import annotations
