@@ -1,14 +1,12 @@
 """How weights get from the process of a rollout worker into those of its engine, bucket by bucket:
-through a file in shared memory, or within a GPU's memory (CUDA IPC).
+through a file in memory, or within a GPU's memory (CUDA IPC).
 """
 
 from __future__ import annotations
 
-import tempfile
+import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +16,6 @@ from ppo_dist.device import DeviceKind
 from ppo_dist.protocols import NamedTensors
 from ppo_dist.transport.wire import buckets, digest, flattened, of_all
 
-SHARED_MEMORY = Path("/dev/shm")
 Update = tuple[dict[str, Any], str]  # what the engine's end is told, and the digest of the bucket
 
 
@@ -35,12 +32,15 @@ class Handover:
 
 
 def through_files(weights: NamedTensors, bucket_bytes: int) -> Iterator[Update]:
-    """Each bucket as a file that lives in memory, where there is such a place."""
+    """Each bucket as a file that has no name but in this process's folder of /proc: whenever the
+    process dies, nothing is left of it.
+    """
     for bucket in buckets(weights, bucket_bytes):
-        with _file() as file:
+        with open(os.memfd_create("ppo_dist"), "wb") as file:
             bucket.raw.tofile(file)
             file.flush()
-            told = {"path": file.name, "parts": [asdict(p) for p in bucket.parts]}
+            path = f"/proc/{os.getpid()}/fd/{file.fileno()}"
+            told = {"path": path, "parts": [asdict(p) for p in bucket.parts]}
             yield {**told, "digest": bucket.digest}, bucket.digest
 
 
@@ -77,10 +77,3 @@ def digest_of(tensors: list[torch.Tensor]) -> str:
 
 def _views(flat: torch.Tensor, parts: tuple[Any, ...]) -> list[torch.Tensor]:
     return [part.view(flat) for part in parts]
-
-
-@contextmanager
-def _file() -> Iterator[Any]:
-    folder = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
-    with tempfile.NamedTemporaryFile(prefix="ppo_dist-", dir=folder) as file:
-        yield file
