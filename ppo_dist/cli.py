@@ -117,7 +117,7 @@ def _add_beside_training(commands: Commands) -> None:
     example = "ppo-dist export runs/quickstart/checkpoints/step-00000100 out/"
     command = _add(commands, "export", do.export, what, example)
     command.add_argument("checkpoint", type=Path, help="a checkpoint folder of a run")
-    command.add_argument("out", type=_new_folder, help="folder to write")
+    command.add_argument("out", type=_to_write, help="folder to write")
 
     what = "change the number of workers of a run while it goes on"
     example = "ppo-dist scale runs/mine --rollout-workers 8 --learners 4"
@@ -135,7 +135,7 @@ def _add_beside_training(commands: Commands) -> None:
     example = "ppo-dist fetch smollm2-135m models/smollm2-135m"
     command = _add(commands, "fetch", do.fetch, what, example)
     command.add_argument("name", choices=["smollm2-135m"], help="which model")
-    command.add_argument("out", type=_new_folder, help="folder to write")
+    command.add_argument("out", type=_to_write, help="folder to write")
 
 
 def _add_benchmarks(commands: Commands) -> None:
@@ -190,7 +190,7 @@ def _add_of_clusters(commands: Commands) -> None:
     _config_arguments(command)
     where = command.add_mutually_exclusive_group(required=True)
     where.add_argument("--entity", metavar="NAME", help="user or team that it is saved to")
-    where.add_argument("--out", type=_file, metavar="FILE", help="write it there as JSON instead")
+    where.add_argument("--out", type=_to_write, metavar="FILE", help="a JSON file instead")
 
     what = "train as a job on a Ray cluster, with its token in RAY_AUTH_TOKEN or ~/.ray/auth_token"
     example = "ppo-dist submit mine.yaml run.dir=/shared/mine --address http://10.0.0.5:8265"
@@ -225,22 +225,17 @@ def _config_arguments(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _new_folder(text: str) -> Path:
-    if Path(text).exists():
-        raise argparse.ArgumentTypeError(f"{text}: exists already")
-    return _below_a_folder(text)
-
-
-def _file(text: str) -> Path:
-    if Path(text).is_dir():
-        raise argparse.ArgumentTypeError(f"{text}: is a folder")
-    return _below_a_folder(text)
-
-
-def _below_a_folder(text: str) -> Path:
-    """The path, if it can be written: asked before anything else is done."""
+def _to_write(text: str) -> Path:
+    """A path that can be written to: asked before anything else is done."""
     path = Path(text)
-    over = next(parent for parent in path.absolute().parents if parent.exists())
-    if not (over.is_dir() and os.access(over, os.W_OK)):
-        raise argparse.ArgumentTypeError(f"{text}: {over} is not a folder that can be written to")
+    try:
+        if path.is_dir() or not path.exists():
+            over = next(parent for parent in path.absolute().parents if parent.exists())
+            can = over.is_dir() and os.access(over, os.W_OK)
+        else:
+            over, can = path, os.access(path, os.W_OK)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error.strerror}") from None
+    if not can:
+        raise argparse.ArgumentTypeError(f"{text}: {over} cannot be written to")
     return path

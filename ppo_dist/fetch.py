@@ -20,8 +20,10 @@ def fetch(name: str, out: Path) -> None:
     a package carries.
 
     Raises:
-        InputError: the package cannot be had.
+        InputError: the folder exists already, or the package cannot be had.
     """
+    if out.exists():
+        raise InputError(f"{out}: exists already")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         print(f"fetching {name} ({PACKAGE}) from the package index …", flush=True)

@@ -154,10 +154,12 @@ def export(checkpoint: Path, out: Path) -> None:
     """Writes the policy of a checkpoint as a Hugging Face folder.
 
     Raises:
-        InputError: the checkpoint is not whole or not part of a run.
+        InputError: the checkpoint is not whole or not part of a run, or the folder exists already.
     """
     from ppo_dist.learner.export import export as write
 
+    if out.exists():
+        raise InputError(f"{out}: exists already")
     read_state(checkpoint)
     config = _config_of(checkpoint.resolve().parent.parent)
     path = build.initial_policy(config)

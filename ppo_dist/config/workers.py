@@ -117,7 +117,7 @@ class LearnerSection(Section):
     threads: int = Field(1, ge=1, description="CPU threads of a worker")
     cpus: float = Field(1, ge=0, description="CPUs that a worker reserves in the cluster")
     zero_stage: Literal[0, 1, 2, 3] = Field(
-        1, description="1 is run as 2 in bf16, whose gradients add up in fp32"
+        1, description="in bf16 1 is run as 2, for sums of gradients in fp32"
     )
     dtype: Literal["fp32", "bf16"] = "fp32"
     offload: Literal["none", "cpu"] = Field("none", description="where the optimizer's state lives")

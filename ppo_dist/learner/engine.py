@@ -7,7 +7,8 @@ Five settings are what keeps gradients right here (each is held by a test):
     DeepSpeed averages over ranks.
   * `grad_accum_dtype: fp32`: those of bf16 models else add up in bf16, which takes nothing in that
     is less than a 256th of the sum. At stage 1 that gets another optimizer of DeepSpeed's, which
-    neither shards nor saves as this file knows it, so bf16 runs there as at stage 2.
+    neither shards nor saves as this file knows it, so bf16 runs there as at stage 2. With CPU
+    offload at stages 1 and 2 it would keep the sum on the GPU, and a NaN in it for good: not there.
   * `gradient_clipping` is always written: DeepSpeed clips at 1.0 unless told otherwise.
   * the optimizer is torch's own, so nothing is compiled and CPU offload needs no compiler.
 """
@@ -72,7 +73,11 @@ def _limit_waits(deadline_s: float) -> None:
 
 def _zero_config(learner: LearnerSection, max_grad_norm: float = 0.0) -> dict[str, Any]:
     bf16 = learner.dtype == "bf16"
-    zero: dict[str, Any] = {"stage": max(learner.zero_stage, 2 if bf16 else 0)}
+    zero: dict[str, Any] = {"stage": learner.zero_stage}
+    data_types = {}
+    if learner.offload == "none" or learner.zero_stage == 3:
+        data_types["grad_accum_dtype"] = "fp32"
+        zero["stage"] = max(learner.zero_stage, 2 if bf16 else 0)
     if learner.offload == "cpu":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": available() == "cuda"}
     return {
@@ -83,7 +88,7 @@ def _zero_config(learner: LearnerSection, max_grad_norm: float = 0.0) -> dict[st
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": bf16},
-        "data_types": {"grad_accum_dtype": "fp32"},
+        "data_types": data_types,
         # at stage 0 DeepSpeed does not tell the norm, so the clipping is done in _clip_and_measure
         "gradient_clipping": max_grad_norm if learner.zero_stage > 0 else 0.0,
         "steps_per_print": 10**9,

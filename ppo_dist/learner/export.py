@@ -21,13 +21,14 @@ LM = "lm."  # how the names of the language model's parameters begin in a learne
 
 def export(config: Config, model_path: str, checkpoint: Path, folder: Path) -> None:
     """Writes what the learners of the run would write: weights in the run's number format, adapters
-    merged.
+    merged (in bf16 rounded by other lots than on a GPU).
 
     Raises:
         InputError: a file of the checkpoint is missing or cannot be read, or is of another model.
     """
     trust = config.model.trust_remote_code
-    lm = load_policy(model_path, DTYPES[config.learner.dtype], trust)
+    dtype = DTYPES[config.learner.dtype]
+    lm = load_policy(model_path, dtype, trust).to(dtype)  # all of it, as DeepSpeed has it
     if config.model.lora is not None:
         add_adapters(lm, config.model.lora, config.run.seed)
     named = [(name, p.detach()) for name, p in lm.named_parameters()]

@@ -79,7 +79,13 @@ def publish(config: Config, entity: str) -> str:
 
 
 def write(config: Config, out: Path) -> None:
-    """Writes what would be sent into a file."""
+    """Writes what would be sent into a file.
+
+    Raises:
+        InputError: it is a folder.
+    """
+    if out.is_dir():
+        raise InputError(f"{out}: is a folder")
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(spec(config), indent=1) + "\n", encoding="utf-8")
 
