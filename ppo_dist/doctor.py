@@ -29,6 +29,7 @@ CONSTRAINTS = Path(__file__).parent.parent / "docker/constraints.txt"
 DISK_MB, DISK_SLOW_MB_S, DISK_LITTLE_GB = 64, 50, 20
 SHM_LITTLE_GB, OPEN_FILES_FEW, SKEW_S = 2, 65536, 1.0
 ROUND_TRIP_BYTES, ROUND_TRIP_S = 2**20, 60.0
+NVIDIA = Path("/proc/driver/nvidia/version")  # there where a driver is
 HEAD_PORTS = (6379, 8265)  # of launch/ray_head.sh: the cluster's, the job server's
 
 Level = Literal["ok", "warning", "wrong"]
@@ -59,6 +60,8 @@ def look(folder: str, token: str, packages: Sequence[str] = PACKAGES) -> dict[st
         "time": time.time(),
         "versions": {name: _version(name) for name in packages},
         "device": device.described(),
+        "has_gpu": device.available() == "cuda",
+        "has_driver": NVIDIA.exists(),
         "shm_gb": shutil.disk_usage("/dev/shm").total / 1e9 if Path("/dev/shm").is_dir() else None,
         "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         "sees_folder": sees,
@@ -80,7 +83,7 @@ def doctor(config: Config | None, console: Console) -> int:
         (folder / token).touch()
     try:
         found = look(str(folder), token, _packages(config))
-        verdicts = [*judged(found), ports_verdict(HEAD_PORTS)]
+        verdicts = [*judged(found, needs_gpu=_needs_gpu(config)), ports_verdict(HEAD_PORTS)]
         verdicts.append(wandb_verdict(config))
         if config is not None and config.cluster.kind == "ray":
             verdicts += _of_cluster(config, str(folder), token)
@@ -99,10 +102,11 @@ def judged(
     found: dict[str, Any],
     versions: dict[str, str] | None = None,
     source: str = "docker/constraints.txt",
+    needs_gpu: bool = False,
 ) -> Iterator[Verdict]:
     """Verdicts on what one machine tells of itself; `versions` are those that it should have."""
     yield _versions(found["versions"], _pinned() if versions is None else versions, source)
-    yield Verdict("device", "ok", found["device"])
+    yield _device(found, needs_gpu)
     shm = found["shm_gb"]
     little = shm is None or shm < SHM_LITTLE_GB
     size = "none" if shm is None else f"{shm:.1f} GB"
@@ -113,6 +117,18 @@ def judged(
     limit = f"{found['open_files']:,} at most"
     yield Verdict("open files", "warning" if few else "ok", limit, fix if few else "")
     yield _disk(found)
+
+
+def _device(found: dict[str, Any], needs_gpu: bool) -> Verdict:
+    level: Level = "wrong" if needs_gpu else "warning"
+    torch = found["versions"].get("torch") or ""
+    if found["has_driver"] and torch.endswith("+cpu"):
+        fix = "install torch's build for CUDA: without the package index for CPUs"
+        return Verdict("device", level, f"an NVIDIA driver, and torch {torch}", fix)
+    if needs_gpu and not found["has_gpu"]:
+        fix = "nvidia-smi: is the driver there, and new enough for torch? Or cluster.device: cpu"
+        return Verdict("device", level, found["device"], fix)
+    return Verdict("device", "ok", found["device"])
 
 
 def _disk(found: dict[str, Any]) -> Verdict:
@@ -246,6 +262,13 @@ def _free_port() -> int:
         found.bind(("", 0))
         port: int = found.getsockname()[1]
     return port
+
+
+def _needs_gpu(config: Config | None) -> bool:
+    """Whether the run's workers will be on this machine, and on GPUs."""
+    if config is None or config.cluster.device != "cuda":
+        return False
+    return config.cluster.kind == "local" or config.cluster.joins is None
 
 
 def _packages(config: Config | None) -> tuple[str, ...]:

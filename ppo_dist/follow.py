@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 EXIT_CODES = (0, 1, 2, 3, 130)
 LAST_WORD = "ppo-dist train: exit code "
-RETRIES, PAUSE_S = 5, 1.0
+PATIENCE_S, PAUSE_S = 300.0, 1.0
 KEPT_CHARACTERS = 2000
 
 
@@ -41,7 +41,7 @@ class Follower:
 
     def to_the_end(self) -> int:
         """Prints the log and returns the run's exit code: one of EXIT_CODES, 130 also if the log
-        was left with Ctrl-C.
+        was left with Ctrl-C, and 1 if the server was out of sight for PATIENCE_S.
         """
         while True:
             try:
@@ -66,7 +66,7 @@ class Follower:
 
         import aiohttp
 
-        failures = 0
+        seen = time.monotonic()
         while True:
             before = self.characters
             try:
@@ -74,10 +74,11 @@ class Follower:
                 found = self.client.get_job_info(self.job)
                 if found.status.is_terminal():
                     return self._ended(found)
-                failures = 0
+                seen = time.monotonic()
             except (aiohttp.ClientError, OSError, RuntimeError) as error:
-                failures = 1 if self.characters > before else failures + 1
-                if failures > RETRIES:
+                if self.characters > before:
+                    seen = time.monotonic()
+                if time.monotonic() - seen > PATIENCE_S:
                     print(f"ppo-dist: lost sight of {self.job}: {error}", file=sys.stderr)
                     say_how_to_go_on(self.job, self.address)
                     return 1

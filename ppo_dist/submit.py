@@ -151,6 +151,13 @@ def _entrypoint(run: Submission, config: Config) -> str:
             f"run.dir {config.run.dir}: must be an absolute path for a submitted run, on storage "
             "that the cluster's nodes share: a job's working directory goes with it"
         )
+    sections = {"model": config.model, "reference": config.reference, "critic": config.critic}
+    for key, section in sections.items():
+        if section is not None and section.path is not None and _is_left_behind(section.path):
+            raise InputError(
+                f"{key}.path {section.path}: folders of models do not go with the working "
+                "directory: an absolute path that all nodes have, or a name on the hub"
+            )
     folder, path = run.working_dir.resolve(), run.config.resolve()
     if not folder.is_dir():
         raise InputError(f"{run.working_dir}: no such working directory")
@@ -159,6 +166,10 @@ def _entrypoint(run: Submission, config: Config) -> str:
     command = ["ppo-dist", "train", str(path.relative_to(folder)), *run.overrides]
     command += ["--resume"] if run.resume else []
     return f'trap : TERM; {shlex.join(command)}; code=$?; echo "{LAST_WORD}$code"; exit $code'
+
+
+def _is_left_behind(path: str) -> bool:
+    return not Path(path).is_absolute() and (path.startswith(".") or Path(path).is_dir())
 
 
 def _values(names: list[str]) -> dict[str, str]:
@@ -182,9 +193,7 @@ def _connected(address: str) -> Iterator[JobSubmissionClient]:
     """A client with the token of this environment; whatever keeps it from its work is an
     InputError.
     """
-    parts = urlsplit(address)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise InputError(f"{address}: the job server's address is written {NEAREST}")
+    host, port = _parts(address)
     os.environ["RAY_API_SERVER_ADDRESS"] = address  # Ray prefers a variable to its argument
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     import requests
@@ -192,7 +201,7 @@ def _connected(address: str) -> Iterator[JobSubmissionClient]:
     from ray.job_submission import JobSubmissionClient
 
     try:
-        _try_to_reach(parts.hostname, parts.port or (443 if parts.scheme == "https" else 80))
+        _try_to_reach(host, port)
         yield JobSubmissionClient(address)
     except AuthenticationError as error:
         fault = "refuses this token" if "failed" in str(error) else "needs a token"
@@ -200,14 +209,26 @@ def _connected(address: str) -> Iterator[JobSubmissionClient]:
             f"{address}: {fault}: set RAY_AUTH_TOKEN to the cluster's own, or RAY_AUTH_TOKEN_PATH "
             "to a file with it (default: ~/.ray/auth_token)"
         ) from None
-    except (requests.RequestException, ConnectionError, RuntimeError) as error:
+    except (requests.RequestException, ConnectionError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{address}: no Ray job server can be reached there: {reason}") from None
+    except RuntimeError as error:
         reason = " ".join(str(error).split())
         if "status code 413" in reason:
             raise InputError(
                 "the working directory is larger than the cluster takes: leave out what the run "
                 "does not need in a .rayignore file, or choose another --working-dir"
             ) from None
-        raise InputError(f"{address}: no Ray job server can be reached there: {reason}") from None
+        raise InputError(f"{address}: the Ray job server says: {reason}") from None
+
+
+def _parts(address: str) -> tuple[str, int]:
+    """Host and port of a URL."""
+    with contextlib.suppress(ValueError):  # a port that is no number
+        parts = urlsplit(address)
+        if parts.scheme in ("http", "https") and parts.hostname:
+            return parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
+    raise InputError(f"{address}: the job server's address is written {NEAREST}")
 
 
 def _try_to_reach(host: str, port: int) -> None:

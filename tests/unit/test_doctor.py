@@ -32,6 +32,8 @@ def test_a_machine_tells_of_itself(tmp_path: Path) -> None:
 FINE = {
     "versions": {"torch": f"{_pinned()['torch']}+cpu", "ray": _pinned()["ray"]},
     "device": "CPU, 2 cores",
+    "has_gpu": False,
+    "has_driver": False,
     "shm_gb": 12.0,
     "open_files": 1_000_000,
     "sees_folder": True,
@@ -46,6 +48,8 @@ FINE = {
         ({}, None, "ok"),
         ({"versions": {"torch": "2.9.0"}}, "versions", "warning"),
         ({"versions": {"ray": None}}, "versions", "warning"),
+        ({"has_driver": True}, "device", "warning"),
+        ({"has_driver": True, "versions": {"torch": _pinned()["torch"]}}, None, "ok"),
         ({"shm_gb": 0.064}, "/dev/shm", "warning"),
         ({"shm_gb": None}, "/dev/shm", "warning"),
         ({"open_files": 1024}, "open files", "warning"),
@@ -60,6 +64,24 @@ def test_each_fault_has_its_fix(change: dict[str, Any], what: str | None, level:
     assert [v.what for v in ill] == ([what] if what else [])
     for verdict in ill:
         assert verdict.level == level and verdict.fix
+
+
+@pytest.mark.parametrize(
+    ("build", "has_gpu", "has_driver", "is_well"),
+    [
+        ("+cu130", True, True, True),
+        ("+cu130", False, True, False),
+        ("+cu130", False, False, False),
+        ("+cpu", False, True, False),
+    ],
+)
+def test_a_run_on_gpus_needs_one_that_torch_can_use(
+    build: str, has_gpu: bool, has_driver: bool, is_well: bool
+) -> None:
+    versions = {"torch": f"{_pinned()['torch']}{build}"}
+    found = {**FINE, "versions": versions, "has_gpu": has_gpu, "has_driver": has_driver}
+    [verdict] = [v for v in judged(found, needs_gpu=True) if v.what == "device"]
+    assert (verdict.level, bool(verdict.fix)) == (("ok", False) if is_well else ("wrong", True))
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,9 @@ def path(tmp_path: Path) -> Path:
         (["--working-dir", "/usr/lib"], ["tiny.yaml", "not inside", "/usr/lib"]),
         (["--env", "NO_SUCH"], ["NO_SUCH", "not set"]),
         (["--env", "KEY=secret"], ["--env takes names"]),
+        (["model={path: ./some}"], ["model.path ./some", "absolute"]),
         (["--address", "10.0.0.5:8265"], ["10.0.0.5:8265", "http://"]),
+        (["--address", "http://10.0.0.5:82x65"], ["10.0.0.5:82x65", "is written"]),
         ([], [NOBODY, "no Ray job server", "refused"]),
     ],
 )
@@ -212,6 +214,7 @@ def test_a_log_is_taken_up_where_it_broke(
     breaks: int, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(follow, "PAUSE_S", 0.01)
+    monkeypatch.setattr(follow, "PATIENCE_S", 1.0)
     begin = time.monotonic()
     assert Follower(Broken(breaks), "job-1", NOBODY).to_the_end() == code
     assert time.monotonic() - begin < 5
