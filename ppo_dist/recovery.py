@@ -5,6 +5,7 @@ just as if it had been stopped and resumed there.
 from __future__ import annotations
 
 import contextlib
+import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -93,6 +94,7 @@ class Recovery:
     ) -> tuple[Outcome, Loop]:
         cluster, lost, lost_at = config.cluster, 0, None
         while True:
+            gc.collect()  # parts of before know each other, and with them connections to the dead
             try:
                 return self._journey(config, start, lost_at, interrupted)
             except WorkersLost as error:
