@@ -31,14 +31,13 @@ def export(config: Config, model_path: str, checkpoint: Path, folder: Path) -> N
     lm = load_policy(model_path, dtype, trust).to(dtype)  # all of it, as DeepSpeed has it
     if config.model.lora is not None:
         add_adapters(lm, config.model.lora, config.run.seed)
-    named = [(name, p.detach()) for name, p in lm.named_parameters()]
-    trained = {name for name, p in lm.named_parameters() if p.requires_grad}
     pieces = [
         shards.Piece(LM + name, 0, p.numel(), p.numel(), p, 0)
-        for name, p in named
-        if name in trained
+        for name, p in lm.named_parameters()
+        if p.requires_grad
     ]
     shards.read(checkpoint / "policy", pieces)
+    named = ((name, p.detach()) for name, p in lm.named_parameters())
     write(folder, lm, dict(merged(lm, named)), model_path, trust)
 
 
