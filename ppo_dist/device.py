@@ -80,9 +80,7 @@ def matrix_rate(where: torch.device, dtype: torch.dtype) -> float:
 
 
 def peak_memory() -> int | None:
-    """Bytes of a GPU that this process has had at most, since this was last asked; None if it has
-    none, as where vLLM's own processes have it.
-    """
+    """Bytes of a GPU that this process has had at most, since this was last asked; None without."""
     if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return None
     most = torch.cuda.max_memory_allocated()

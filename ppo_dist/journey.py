@@ -24,7 +24,7 @@ from ppo_dist.coordinator.state import Checkpoints, RunState, read_state
 from ppo_dist.coordinator.stream import Stream
 from ppo_dist.coordinator.unlabelled import Probe, Unlabelled
 from ppo_dist.data.encode import Encoder
-from ppo_dist.protocols import LearnerGroup, RewardSource, RolloutPool, Tracker
+from ppo_dist.protocols import LearnerGroup, Rewards, RolloutPool, Tracker
 from ppo_dist.semi.guard import Guard
 from ppo_dist.semi.pseudo import PseudoBuffer
 from ppo_dist.semi.schedule import Scheduled
@@ -168,7 +168,7 @@ class Journey:
             self.tracker.alert(step, "learners were lost", reason)
             raise
 
-    def _parts(self, learners: LearnerGroup, pool: RolloutPool, reward: RewardSource) -> Parts:
+    def _parts(self, learners: LearnerGroup, pool: RolloutPool, reward: Rewards) -> Parts:
         encoded = self.encoded
         evaluators = [
             Evaluator(self.config, name, examples, pool, reward, learners) if examples else None

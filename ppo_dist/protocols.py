@@ -46,12 +46,24 @@ class RolloutEngine(Protocol):
     def wake(self) -> None:
         """Takes it back: afterwards all is as it was before `sleep`."""
 
+    def peak_memory(self) -> int | None:
+        """Bytes of a GPU that it has had at most, since this was last asked; None without one."""
+
 
 class RewardSource(Protocol):
     """Judges responses."""
 
     def score(self, rollouts: Sequence[Rollout]) -> Sequence[Score | Dropped]:
         """One score per rollout, in order, or why there is none."""
+
+
+class Rewards(RewardSource, Protocol):
+    """All that judges in a run."""
+
+    def vitals(self) -> Mapping[int, Vitals]:
+        """Of each reward model's worker, all models' numbered through: what it told with its
+        scores since this was last asked.
+        """
 
 
 class MixSchedule(Protocol):

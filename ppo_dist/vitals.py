@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Callable
 
 import psutil
 
@@ -14,7 +15,9 @@ from ppo_dist.reports import Vitals
 class Pulse:
     """Counts the seconds that this process is at work, and what it takes with those it started."""
 
-    def __init__(self) -> None:
+    def __init__(self, peak_memory: Callable[[], int | None] = device.peak_memory) -> None:
+        """`peak_memory` of a GPU is asked where it is not this process that computes."""
+        self._peak_memory = peak_memory
         self._process = psutil.Process()
         self._busy_s = 0.0
         self._asked, self._cpu_s = time.perf_counter(), self._taken()[0]
@@ -28,7 +31,7 @@ class Pulse:
         now, (cpu_s, memory) = time.perf_counter(), self._taken()
         # what a process that has ended took is gone with it
         more = max(cpu_s - self._cpu_s, 0.0)
-        found = Vitals(self._busy_s, now - self._asked, more, memory, device.peak_memory())
+        found = Vitals(self._busy_s, now - self._asked, more, memory, self._peak_memory())
         self._asked, self._cpu_s, self._busy_s = now, cpu_s, 0.0
         return found
 

@@ -42,6 +42,9 @@ class FakeEngine:
     def wake(self) -> None:
         self.is_asleep = False
 
+    def peak_memory(self) -> int | None:
+        return None
+
     def load(self, version: int, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         self.weights = {name: tensor.clone() for name, tensor in weights}
         self.version = version

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal
 
 from ppo_dist.config import ORIGINS, Config, InputError, RunError, remote_rewards
 from ppo_dist.config.algorithm import AnyAdvantage, Gae, GroupMean, ReinforcePlusPlus, Rloo
@@ -21,12 +21,15 @@ from ppo_dist.config.reward import (
     WeightedReward,
 )
 from ppo_dist.config.semi import AllGate, AnyGate, ConfidenceGate, TrajectoryGate
-from ppo_dist.protocols import AdvantageEstimator, Gate, RewardSource
+from ppo_dist.protocols import AdvantageEstimator, Gate, Rewards, RewardSource
 
-Models = Callable[[ModelReward], RewardSource]
+if TYPE_CHECKING:
+    from ppo_dist.rewards.model import ModelScores
+
+Models = Mapping[ModelReward, "ModelScores"]
 
 
-def reward_source(config: Config, models: Models | None = None) -> RewardSource:
+def reward_source(config: Config, models: Models | None = None) -> Rewards:
     """The reward of every origin that has one. Without `models`, where there are none to ask,
     reward models are left out.
     """
@@ -34,7 +37,8 @@ def reward_source(config: Config, models: Models | None = None) -> RewardSource:
 
     sections, on_error = dict(config.reward), config.reward.on_error
     made = {o: _reward(sections[o], on_error, models) for o in ORIGINS if sections[o] is not None}
-    return ByOrigin({o: source for o, source in made.items() if source is not None})
+    asked = [model.vitals for model in (models or {}).values()]
+    return ByOrigin({o: source for o, source in made.items() if source is not None}, asked)
 
 
 def _reward(
@@ -68,7 +72,7 @@ def _reward(
         case GymReward():
             judge = gym(section)
         case ModelReward():
-            return models and models(section)
+            return None if models is None else models[section]
         case RemoteReward():
             from ppo_dist.rewards.remote import RemoteScores
 

@@ -17,7 +17,7 @@ from ppo_dist.build.parts import reward_source
 from ppo_dist.config import Config, reward_models
 from ppo_dist.config.reward import ModelReward
 from ppo_dist.config.workers import Cluster
-from ppo_dist.protocols import LearnerGroup, RewardSource, RolloutPool
+from ppo_dist.protocols import LearnerGroup, Rewards, RolloutPool
 from ppo_dist.tracking.local import record_event
 
 ANY_PORT = 0  # a rank that is alone meets nobody
@@ -69,7 +69,7 @@ def cluster(
 @contextlib.contextmanager
 def workers(
     config: Config, model_path: str, resume: Path | None
-) -> Iterator[tuple[LearnerGroup, RolloutPool, RewardSource]]:
+) -> Iterator[tuple[LearnerGroup, RolloutPool, Rewards]]:
     """Learners, rollout workers and what judges, connected, started inside `cluster`. That weights
     get from learners to rollout workers is tried before any of them loads its model.
 
@@ -95,7 +95,7 @@ def workers(
 @contextlib.contextmanager
 def connected(
     config: Config, model_path: str, is_first: bool = True
-) -> Iterator[tuple[RayRanks, list[RemoteWorker], RewardSource]]:
+) -> Iterator[tuple[RayRanks, list[RemoteWorker], Rewards]]:
     """Learners and rollout workers as Ray actors that have loaded nothing yet, and what judges,
     started inside `cluster`. They are the run's first unless it goes on from a checkpoint.
 
@@ -144,7 +144,7 @@ def learners(config: Config, model_path: str, resume: Path | None) -> Iterator[L
 
 
 @contextlib.contextmanager
-def rollout_pool(config: Config, model_path: str) -> Iterator[tuple[RolloutPool, RewardSource]]:
+def rollout_pool(config: Config, model_path: str) -> Iterator[tuple[RolloutPool, Rewards]]:
     """The rollout workers alone, started inside `cluster` with the model as it is on disk
     (version 0), and what judges.
 
@@ -178,31 +178,30 @@ def rollout_pool(config: Config, model_path: str) -> Iterator[tuple[RolloutPool,
             yield pool, _remote_rewards(config, model_path, of_judges)
 
 
-def _remote_rewards(config: Config, model_path: str, places: Sequence[Places]) -> RewardSource:
+def _remote_rewards(config: Config, model_path: str, places: Sequence[Places]) -> Rewards:
     if not places:
         return reward_source(config)
     from ppo_dist.cluster.judges import Judges
     from ppo_dist.rewards.model import ModelScores
 
-    sections = reward_models(config)
-    made = []
-    for section, own in zip(sections, places, strict=True):
+    made = {}
+    for section, own in zip(reward_models(config), places, strict=True):
         there = section.model_copy(update={"path": absolute(section.path)})
         judges = Judges(there, model_path, own, config.cluster, _events(config))
-        made.append(ModelScores(section, judges))
-    return reward_source(config, lambda section: made[sections.index(section)])
+        made[section] = ModelScores(section, judges)
+    return reward_source(config, made)
 
 
-def _local_rewards(config: Config, model_path: str, kind: DeviceKind) -> RewardSource:
+def _local_rewards(config: Config, model_path: str, kind: DeviceKind) -> Rewards:
     if not reward_models(config):
         return reward_source(config)
     from ppo_dist.rewards.model import ModelScores, RewardModel
 
-    def made(section: ModelReward) -> RewardSource:
+    def made(section: ModelReward) -> ModelScores:
         model = RewardModel(section, model_path, kind)
         return ModelScores(section, lambda shares: [model.judge(share) for share in shares])
 
-    return reward_source(config, made)
+    return reward_source(config, {section: made(section) for section in reward_models(config)})
 
 
 def _group(config: Config, ranks: Ranks) -> LearnerGroup:

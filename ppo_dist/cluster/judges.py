@@ -16,7 +16,7 @@ from ppo_dist.cluster.session import Places
 from ppo_dist.config import RunError
 from ppo_dist.config.reward import ModelReward
 from ppo_dist.config.workers import Cluster
-from ppo_dist.rewards.model import Exchange, RewardModel
+from ppo_dist.rewards.model import Exchange, Judgement, RewardModel
 from ppo_dist.rollout.health import Restarts
 
 
@@ -39,8 +39,8 @@ class Judges:
         self._restarts = [Restarts(limits) for _ in places.slots]
         self._actors = [self._new(number) for number in range(len(places.slots))]
 
-    def __call__(self, shares: list[list[list[Exchange]]]) -> list[list[list[float]]]:
-        """The numbers of exchanges by worker and batch.
+    def __call__(self, shares: list[list[list[Exchange]]]) -> list[Judgement]:
+        """What each worker says of its exchanges.
 
         Raises:
             RunError: a worker was lost too often.
@@ -59,13 +59,11 @@ class Judges:
             .remote(self._section, self._policy_path, device)
         )
 
-    def _answer(
-        self, number: int, answer: ray.ObjectRef, share: list[list[Exchange]]
-    ) -> list[list[float]]:
+    def _answer(self, number: int, answer: ray.ObjectRef, share: list[list[Exchange]]) -> Judgement:
         lost_at = None
         while True:
             try:
-                found: list[list[float]] = ray.get(answer, timeout=self._section.deadline_s)
+                found: Judgement = ray.get(answer, timeout=self._section.deadline_s)
             except RayError as error:
                 lost_at = lost_at or time.monotonic()
                 self._replace(number, error)

@@ -28,7 +28,7 @@ from ppo_dist.data.chunks import chunks
 from ppo_dist.protocols import (
     LearnerGroup,
     MixSchedule,
-    RewardSource,
+    Rewards,
     RolloutPool,
     Tracker,
 )
@@ -70,7 +70,7 @@ class Parts:
 
     pool: RolloutPool
     learners: LearnerGroup
-    reward: RewardSource
+    reward: Rewards
     tracker: Tracker
     held_out: Evaluator | None
     test: Evaluator | None
@@ -152,7 +152,11 @@ class Loop:
                 version=self.state.version + 1,
                 reinforced=self.state.reinforced + bool(row["rollout/tokens"]),
             )
-        vitals = {"rollout": pool.vitals(), "learner": dict(enumerate(learners))}
+        vitals = {
+            "rollout": pool.vitals(),
+            "learner": dict(enumerate(learners)),
+            "reward": self._parts.reward.vitals(),
+        }
         row |= took(vitals)
         if self._is_due(self._config.eval.every):
             row |= self._evaluate(watch)
@@ -271,6 +275,7 @@ class Loop:
         with watch("evaluate"):
             row, greedy, dropped = evaluator(self.state.version)
         self._parts.pool.vitals()  # what an evaluation took is not the next step's
+        self._parts.reward.vitals()
         self.watch.dropped(self.state.step, dropped)
         self.watch.faults(self.state.step, greedy)
         samples = [sample(s) for s in greedy[: self._config.tracking.samples]]

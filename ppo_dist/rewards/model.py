@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,9 @@ from ppo_dist.config.reward import ModelReward
 from ppo_dist.data.batching import pack_rows, shares
 from ppo_dist.models.packing import ATTENTION, Packing
 from ppo_dist.models.policy import hidden, without_dropout
+from ppo_dist.reports import Vitals
 from ppo_dist.types import Ints, Rollout, Score
+from ppo_dist.vitals import Pulse
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +34,8 @@ class Exchange:
     response: str
 
 
-Judge = Callable[[list[list[list[Exchange]]]], list[list[list[float]]]]
+Judgement = tuple[list[list[float]], Vitals]  # numbers by batch, and what the worker took for them
+Judge = Callable[[list[list[list[Exchange]]]], list[Judgement]]
 
 
 class ModelScores:
@@ -42,6 +46,7 @@ class ModelScores:
     def __init__(self, section: ModelReward, judge: Judge) -> None:
         """`judge` takes exchanges by worker and batch and answers in the same order."""
         self._section, self._judge = section, judge
+        self._vitals = [Vitals()] * section.workers
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
         """See RewardSource."""
@@ -54,13 +59,21 @@ class ModelScores:
         parts = shares(rows, self._section.workers, self._section.batch_tokens)
         parts = [[members for members in part if members] for part in parts]
         answers = self._judge([[[exchanges[i] for i in batch] for batch in part] for part in parts])
+        self._vitals = [
+            before + new for before, (_, new) in zip(self._vitals, answers, strict=True)
+        ]
         values = {
             i: value
-            for part, answer in zip(parts, answers, strict=True)
+            for part, (answer, _) in zip(parts, answers, strict=True)
             for members, found in zip(part, answer, strict=True)
             for i, value in zip(members, found, strict=True)
         }
         return [Score(values[i], "model") for i in range(len(rollouts))]
+
+    def vitals(self) -> list[Vitals]:
+        """Of each worker, since this was last asked."""
+        told, self._vitals = self._vitals, [Vitals()] * self._section.workers
+        return told
 
 
 class RewardModel:
@@ -74,7 +87,7 @@ class RewardModel:
         Raises:
             ValueError: the model has not exactly one output.
         """
-        self._device = device.prepare(kind, section.threads)
+        self._device, self._pulse = device.prepare(kind, section.threads), Pulse()
         self._tokenizer = AutoTokenizer.from_pretrained(section.path, trust_remote_code=False)
         policy = AutoTokenizer.from_pretrained(policy_path, trust_remote_code=False)
         self._reads_tokens = self._tokenizer.get_vocab() == policy.get_vocab()
@@ -94,9 +107,13 @@ class RewardModel:
             model.set_attn_implementation(ATTENTION)
 
     @torch.inference_mode()
-    def judge(self, batches: list[list[Exchange]]) -> list[list[float]]:
-        """The number of each exchange, batch by batch."""
-        return [self._packed(b) if self._head is not None else self._padded(b) for b in batches]
+    def judge(self, batches: list[list[Exchange]]) -> Judgement:
+        """The number of each exchange, batch by batch, and what they took."""
+        begin = time.perf_counter()
+        read = self._packed if self._head is not None else self._padded
+        values = [read(batch) for batch in batches]
+        self._pulse.add(time.perf_counter() - begin)
+        return values, self._pulse.vitals()
 
     def _packed(self, batch: list[Exchange]) -> list[float]:
         assert self._head is not None

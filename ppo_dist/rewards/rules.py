@@ -13,6 +13,7 @@ from typing import Literal
 from ppo_dist.config.base import InputError, Origin, RunError
 from ppo_dist.config.reward import ExactReward, FunctionReward, NumericReward, RegexReward
 from ppo_dist.protocols import RewardSource
+from ppo_dist.reports import Vitals
 from ppo_dist.rewards.extract import extractor, in_time, is_same_mathematics
 from ppo_dist.rewards.user import load_function
 from ppo_dist.types import Dropped, Rollout, Score
@@ -166,10 +167,19 @@ def _total(terms: Iterable[float]) -> float:
 
 
 class ByOrigin:
-    """Asks, for each rollout, the source that its prompt's origin has."""
+    """Rewards: asks, for each rollout, the source that its prompt's origin has."""
 
-    def __init__(self, sources: Mapping[Origin, RewardSource]) -> None:
-        self._sources = sources
+    def __init__(
+        self,
+        sources: Mapping[Origin, RewardSource],
+        workers: Sequence[Callable[[], Sequence[Vitals]]] = (),
+    ) -> None:
+        """`workers` tell what those of a reward model took; one such function for each model."""
+        self._sources, self._workers = sources, workers
+
+    def vitals(self) -> dict[int, Vitals]:
+        """See Rewards."""
+        return dict(enumerate(told for workers in self._workers for told in workers()))
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Score | Dropped]:
         """See RewardSource.

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from ppo_dist.device import free_cache, multiplier
+from ppo_dist.device import free_cache, multiplier, peak_memory
 from ppo_dist.models.packing import sliding_window
 from ppo_dist.protocols import NamedTensors
 from ppo_dist.rollout.sampling import draw, uniforms
@@ -78,6 +78,10 @@ class HfEngine:
         """See RolloutEngine."""
         self._lm.to(self._device)
         self._pack_head()
+
+    def peak_memory(self) -> int | None:
+        """See RolloutEngine."""
+        return peak_memory()
 
     def _pack_head(self) -> None:
         head = self._lm.get_output_embeddings()

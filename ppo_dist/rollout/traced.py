@@ -18,6 +18,7 @@ class Traced:
         self._engine, self._folder, self._steps = engine, folder, steps
         self._first: int | None = None
         self.load, self.sleep, self.wake = engine.load, engine.sleep, engine.wake
+        self.peak_memory = engine.peak_memory
 
     def generate(self, chunk: Chunk) -> list[Rollout]:
         """See RolloutEngine."""

@@ -119,6 +119,10 @@ class WorkerSide:
         """The digest of the version that was loaded last."""
         return of_all(self.weight_transfer_engine.digests)  # type: ignore[attr-defined]
 
+    def peak_memory(self) -> int | None:
+        """See RolloutEngine, of one GPU."""
+        return device.peak_memory()
+
 
 def _register(name: str, engine: type[WeightTransferEngine]) -> None:
     if name not in WeightTransferEngineFactory._registry:
@@ -267,6 +271,11 @@ class VllmEngine:
         """See RolloutEngine."""
         if self._sleeps:
             self._llm.wake_up()
+
+    def peak_memory(self) -> int | None:
+        """See RolloutEngine. It computes in processes of its own: that of the fullest GPU."""
+        found = self._llm.collective_rpc("peak_memory")
+        return max((most for most in found if most is not None), default=None)
 
     def generate(self, chunk: Chunk) -> list[Rollout]:
         """See RolloutEngine.

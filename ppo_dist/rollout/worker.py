@@ -33,7 +33,7 @@ class RolloutWorker:
         self._lock = threading.Lock()  # a version is received while a chunk is generated
         self._loaded: int | None = 0  # the model as it is on disk
         self._is_asleep = False
-        self._pulse = Pulse()
+        self._pulse = Pulse(lambda: self._engine.peak_memory())
 
     def start(self, anew: bool = False) -> None:
         """Loads the model, for the first time or anew. Versions can be received before."""

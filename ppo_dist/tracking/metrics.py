@@ -11,7 +11,7 @@ from functools import reduce
 
 import numpy as np
 
-from ppo_dist.config import ORIGINS, Config, corrects, uses
+from ppo_dist.config import ORIGINS, Config, corrects, reward_models, uses
 from ppo_dist.config.algorithm import KlInLoss
 from ppo_dist.reports import Coefficients, StepReport, TermSums, Vitals
 from ppo_dist.types import Annotation, MixPlan, Rollout, Scored, TrainSequence
@@ -19,7 +19,7 @@ from ppo_dist.types import Annotation, MixPlan, Rollout, Scored, TrainSequence
 Row = dict[str, float | None]
 EVALUATED = ("accuracy", "reward", "sampled_accuracy", "nll", "dropped")
 STAGES = ("generate", "score", "annotate", "update", "publish", "evaluate", "save", "step")
-IDLE = ("idle_rollout", "idle_learner")
+IDLE = ("rollout", "learner")  # of whom it is told
 WORKERS = "system/"
 VITALS = ("busy_s", "cores", "memory_gb", "gpu_memory_gb")
 
@@ -87,11 +87,16 @@ def keys(config: Config) -> list[str]:
             "dropped",
         )
     ]
-    names += [f"timing_s/{stage}" for stage in (*STAGES, *IDLE)]
+    names += [f"timing_s/{stage}" for stage in (*STAGES, *(f"idle_{role}" for role in IDLE))]
     names += ["perf/tokens_per_s", "perf/learner_mfu"]
-    names += [f"perf/{name}_share" for name in IDLE]
-    for role, workers in (("rollout", config.rollout.workers), ("learner", config.learner.workers)):
-        names += [f"{WORKERS}{role}-{n}/{key}" for n in range(workers) for key in VITALS]
+    names += [f"perf/idle_{role}_share" for role in IDLE]
+    workers = {
+        "rollout": config.rollout.workers,
+        "learner": config.learner.workers,
+        "reward": sum(model.workers for model in reward_models(config)),
+    }
+    for role, count in workers.items():
+        names += [f"{WORKERS}{role}-{n}/{key}" for n in range(count) for key in VITALS]
     for name, sources in (("held_out", config.data.held_out), ("test", config.data.test)):
         if sources:
             names += [f"eval/{name}/{k}" for k in EVALUATED]
@@ -168,8 +173,10 @@ def timings(
     """
     tokens = (row.get("rollout/tokens") or 0) + (row.get("sup/tokens") or 0)
     step = seconds["step"]
-    busy = {role: mean([v.busy_s for v in each.values()]) or 0.0 for role, each in vitals.items()}
-    idle = {f"idle_{role}": max(step - value, 0.0) for role, value in busy.items()}
+    idle = {}
+    for role in IDLE:
+        busy = mean([each.busy_s for each in vitals[role].values()]) or 0.0
+        idle[f"idle_{role}"] = max(step - busy, 0.0)
     return {
         **{f"timing_s/{stage}": value for stage, value in {**seconds, **idle}.items()},
         **{f"perf/{name}_share": _share(value, step) for name, value in idle.items()},

@@ -121,6 +121,9 @@ class Judge:
     def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
         return [Score(float(n % 2), "fake") for n in range(len(rollouts))]
 
+    def vitals(self) -> dict[int, Vitals]:
+        return {}
+
 
 class Nowhere:
     """A tracker that keeps the last row."""

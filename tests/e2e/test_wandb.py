@@ -16,9 +16,11 @@ from rich.console import Console
 from ppo_dist.config import Config
 from ppo_dist.run import train
 from ppo_dist.tracking.local import read_rows
+from ppo_dist.tracking.metrics import keys
 from ppo_dist.tracking.wandb import Wandb
 from tests.conftest import raw_config
 from tests.e2e import test_semi
+from tests.unit.test_reward_model import classifier
 
 Records = dict[str, list[Any]]
 # of a run with labels, verifiable and unlabelled prompts, a critic, and pseudo-labels
@@ -39,7 +41,7 @@ PROMISED = {
     "perf": {"tokens_per_s", "learner_mfu"},
     "system": {
         f"{worker}/{what}"
-        for worker in ("rollout-0", "learner-0")
+        for worker in ("rollout-0", "learner-0", "reward-0")
         for what in ("busy_s", "cores", "memory_gb", "gpu_memory_gb")
     },
 }  # fmt: skip
@@ -57,16 +59,24 @@ def read(folder: Path) -> Records:
     return found
 
 
-def run(folder: Path, steps: int, **sections: Any) -> None:
+def configured(folder: Path, steps: int) -> Config:
     words = raw_config(folder)["data"]["labelled"]
     parity = {"kind": "function", "path": test_semi.__file__, "name": "parity"}
     raw = raw_config(
         folder,
         train={"steps": steps, "checkpoint_every": 1},
         data={"unlabelled": {**words, "size": 8, "seed": 5}},
-        reward={"unlabelled": {"kind": "vote", "extract": parity}},
+        reward={
+            "unlabelled": {"kind": "vote", "extract": parity},
+            "verifiable": {"kind": "model", "path": str(folder.parent / "judge")},
+        },
         mix={"prompts": 6, "shares": {"labelled": 1, "verifiable": 1, "unlabelled": 1}},
-        semi={"gate": "all", "pseudo": {"batch": 2}, "probe": 0.3},
+        semi={
+            "gate": "all",
+            "pseudo": {"batch": 2},
+            "probe": 0.3,
+            "guard": {"gap": None, "vote_entropy": {"limit": 9.0, "action": "warn"}},
+        },
         rollout={"group_size": 3},
         eval={"every": 1},
         tracking={
@@ -75,17 +85,17 @@ def run(folder: Path, steps: int, **sections: Any) -> None:
             "notes": "read back",
             "artifacts": True,
         },
-        **sections,
     )
-    assert train(Config.model_validate(raw), steps > 2, Console(quiet=True)) == 0
+    return Config.model_validate(raw)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, tiny_models: dict[str, Path]) -> Path:
     """A run of two steps, and a third after a resume."""
     made = tmp_path_factory.mktemp("wandb") / "run"
-    run(made, 2)
-    run(made, 3)
+    classifier(made.parent / "judge", tiny_models["llama"])
+    for steps in (2, 3):
+        assert train(configured(made, steps), steps > 2, Console(quiet=True)) == 0
     return made
 
 
@@ -100,10 +110,11 @@ def test_it_has_every_key_and_number_of_the_metrics_file(folder: Path) -> None:
         told = {k: v for k, v in same[-1].items() if not k.startswith("_")}
         assert told == {k: v for k, v in row.items() if v is not None}
     named = set().union(*rows)
-    wanted = {f"{group}/{key}" for group, own in PROMISED.items() for key in own}
-    assert wanted <= named
-    on_cpu = {key for key in wanted if not key.endswith("/gpu_memory_gb")}
-    assert on_cpu <= set().union(*history), "each has a number somewhere"
+    wanted = set(keys(configured(folder, 3)))
+    assert {f"{group}/{key}" for group, own in PROMISED.items() for key in own} <= wanted
+    assert wanted | {"step"} == named
+    elsewhere = {key for key in wanted if key.endswith(("/gpu_memory_gb", "/dropped"))}
+    assert wanted - elsewhere <= set().union(*history), "each has a number somewhere"
 
 
 def test_a_resumed_run_goes_on_under_its_id_with_tags_and_notes(folder: Path) -> None:
@@ -122,6 +133,12 @@ def test_config_and_policy_are_artifacts_of_the_run(folder: Path) -> None:
     assert kept[f"{run_id}-policy"]["type"] == "model"
     files = {entry["path"] for entry in kept[f"{run_id}-policy"]["manifest"]["contents"]}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= files
+
+
+def test_the_guard_alerts(folder: Path) -> None:
+    alerts = read(folder)["alert"]
+    assert [each["text"].split(":")[0] for each in alerts] == ["step 1", "step 2", "step 3"]
+    assert all("guard.vote_entropy is " in each["text"] for each in alerts)
 
 
 def test_samples_are_one_growing_table(folder: Path) -> None:

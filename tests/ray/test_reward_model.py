@@ -39,6 +39,8 @@ def test_two_workers_give_what_one_process_gives(
         assert [s.value for s in found] == pytest.approx([s.value for s in expected], abs=1e-5)
         (own,) = made
         assert len(own._actors) == 2
+        told = source.vitals()
+        assert [*told] == [0, 1] and all(each.busy_s > 0 and each.memory for each in told.values())
         ray.kill(own._actors[1])
         assert source.score(rollouts(base)) == found, "it is asked again in its new process"
         ray.kill(own._actors[1])

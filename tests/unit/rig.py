@@ -9,7 +9,7 @@ import numpy as np
 
 from ppo_dist import build
 from ppo_dist.algo.advantages import Gae
-from ppo_dist.config import Config, corrects
+from ppo_dist.config import ORIGINS, Config, corrects
 from ppo_dist.coordinator.ahead import Ahead
 from ppo_dist.coordinator.evaluate import Evaluator
 from ppo_dist.coordinator.experience import Experience
@@ -18,6 +18,7 @@ from ppo_dist.coordinator.state import Checkpoints, RunState, read_state
 from ppo_dist.coordinator.stream import Stream
 from ppo_dist.coordinator.unlabelled import Unlabelled
 from ppo_dist.protocols import RewardSource, RolloutPool
+from ppo_dist.rewards.rules import ByOrigin
 from ppo_dist.semi.guard import Guard
 from ppo_dist.semi.pseudo import PseudoBuffer
 from ppo_dist.semi.schedule import Scheduled
@@ -52,7 +53,7 @@ class Rig:
         examples = [LabelledExample(p, "x", np.array([3, 1])) for p in labelled]
         by_origin = {o: prompts(o, n) for o, n in (("verifiable", 11), ("unlabelled", 7))}
         stream = Stream({"labelled": labelled, **by_origin}, examples, self.config.run.seed)
-        reward = judge or FakeReward()
+        reward = ByOrigin(dict.fromkeys(ORIGINS, judge or FakeReward()))
         held_out = Evaluator(
             self.config, "held_out", examples[:3], self.pool, reward, self.learners
         )

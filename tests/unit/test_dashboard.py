@@ -25,9 +25,21 @@ def sections(found: dict[str, Any]) -> dict[str, list[str]]:
     }
 
 
-def test_every_key_is_in_one_panel(tmp_path: Path) -> None:
-    config = Config.model_validate(raw_config(tmp_path))
+@pytest.mark.parametrize("has_unlabelled", [False, True])
+def test_every_key_is_in_one_panel(tmp_path: Path, has_unlabelled: bool) -> None:
+    more: dict[str, Any] = {}
+    if has_unlabelled:
+        words = raw_config(tmp_path)["data"]["labelled"]
+        more = {
+            "data": {"unlabelled": {**words, "seed": 5}},
+            "reward": {"unlabelled": "vote"},
+            "mix": {"shares": {"labelled": 1, "unlabelled": 1}},
+            "semi": {"pseudo": {"batch": 2}, "probe": 0.3},
+            "rollout": {"group_size": 3},
+        }
+    config = Config.model_validate(raw_config(tmp_path, **more))
     found = sections(spec(config))
+    assert ("pseudo" in found) == has_unlabelled
     assert sorted(m for own in found.values() for m in own) == sorted(keys(config))
     for group, own in found.items():
         assert all(metric.split("/")[0] == group for metric in own)

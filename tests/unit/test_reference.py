@@ -1,11 +1,17 @@
-"""docs/config.md is what the schema says."""
+"""docs/config.md is what the schema says, docs/metrics.md what rows have."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from ppo_dist.config import Config
 from ppo_dist.config.reference import reference
+from ppo_dist.tracking import dashboard
+from ppo_dist.tracking.metrics import keys
+from ppo_dist.tracking.reference import MEANINGS, SECTIONS
+from ppo_dist.tracking.reference import reference as metrics
+from tests.conftest import raw_config
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -23,3 +29,38 @@ def test_it_has_every_key_and_every_kind() -> None:
                 assert f"`kind: {key['const']}`" in page
             else:
                 assert f"`{name}`" in page or f".{name}`" in page or f"`{name}." in page, name
+
+
+def test_the_page_of_metrics_is_of_these_rows(tmp_path: Path) -> None:
+    page = (ROOT / "docs/metrics.md").read_text(encoding="utf-8")
+    assert page == metrics(), "python -m ppo_dist.tracking.reference > docs/metrics.md"
+    assert SECTIONS.keys() == dashboard.SECTIONS.keys()
+    assert all(f"| `{key}` | " in page for key in MEANINGS)
+
+
+def test_every_metric_of_a_run_with_everything_has_a_meaning_and_no_other(tmp_path: Path) -> None:
+    words = raw_config(tmp_path)["data"]["labelled"]
+    model = {"kind": "model", "path": "some/reward-model"}
+    raw = raw_config(
+        tmp_path,
+        data={"unlabelled": {**words, "seed": 5}, "test": {**words, "seed": 6}},
+        reward={"unlabelled": {"kind": "vote", "extract": "last_number"}, "verifiable": model},
+        algorithm={
+            "reward": {"normalise": True, "clip": 5.0},
+            "kl": {"kind": "loss", "coef": 0.1},
+        },
+        mix={"shares": {"labelled": 1, "verifiable": 1, "unlabelled": 1}},
+        semi={"pseudo": {"batch": 2}, "probe": 0.3},
+        rollout={"group_size": 3},
+        stream={"max_lag": 1},
+    )
+    named = set()
+    for key in keys(Config.model_validate(raw)):
+        for pattern, word in (
+            (r"(?<=/)(labelled|verifiable|unlabelled)\b", "ORIGIN"),
+            (r"(?<=^eval/)(held_out|test)", "SET"),
+            (r"(?<=^system/)(rollout|learner|reward)-\d+", "WORKER"),
+        ):
+            key = re.sub(pattern, word, key)
+        named.add(key)
+    assert named == MEANINGS.keys()

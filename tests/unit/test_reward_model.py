@@ -18,6 +18,7 @@ from transformers import (
 from ppo_dist import build
 from ppo_dist.config import Config, InputError, reward_models
 from ppo_dist.config.reward import ModelReward
+from ppo_dist.reports import Vitals
 from ppo_dist.rewards.model import ModelScores, RewardModel
 from ppo_dist.types import Prompt, Rollout
 from tests.conftest import raw_config
@@ -122,6 +123,12 @@ def test_contract(tmp_path: Path, tiny_model: Path) -> None:
     raw = raw_config(tmp_path, reward={"verifiable": {"kind": "model", "path": str(path)}})
     with build.rollout_pool(Config.model_validate(raw), str(tiny_model)) as (_, source):
         suites.check_reward_source(source, rollouts(tiny_model), rounding=1e-5)
+        source.vitals()
+        source.score(rollouts(tiny_model))
+        source.score(rollouts(tiny_model))
+        (told,) = source.vitals().values()
+        assert 0 < told.busy_s <= told.seconds and told.cpu_s > 0 and told.memory
+        assert source.vitals() == {0: Vitals()}, "once"
 
 
 def test_weighted_with_a_rule(tmp_path: Path, tiny_models: dict[str, Path]) -> None:
