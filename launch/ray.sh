@@ -18,7 +18,7 @@ use_token() {
     rm -f "$RAY_AUTH_TOKEN_PATH"
     (umask 077 && python -c 'import secrets; print(secrets.token_hex(32), end="")' > "$RAY_AUTH_TOKEN_PATH")
   fi
-  chmod 600 "$RAY_AUTH_TOKEN_PATH"
+  chmod 600 "$RAY_AUTH_TOKEN_PATH" 2> /dev/null || true # where it is mounted it is as it is
 }
 
 # listen_on IP: Ray's own processes listen on this machine alone, if that is what IP is. They take 127.0.0.1 for the
@@ -29,6 +29,15 @@ listen_on() {
   esac
 }
 
-# Within a step of Slurm a node has what the step was given (Ray itself sees the GPUs).
+# Within a step of Slurm a node has what the step was given (Ray itself sees the GPUs): of the memory 3/10 for Ray's
+# objects, as much as /dev/shm has for them, like Ray does with a whole machine's.
 resources=()
-[ -z "${SLURM_STEP_ID:-}" ] || resources+=(--num-cpus "$SLURM_CPUS_ON_NODE")
+if [ -n "${SLURM_STEP_ID:-}" ]; then
+  resources+=(--num-cpus "$SLURM_CPUS_ON_NODE")
+  memory_mb=${SLURM_MEM_PER_NODE:-$((${SLURM_MEM_PER_CPU:-0} * SLURM_CPUS_ON_NODE))}
+  if [ "$memory_mb" -gt 0 ]; then
+    objects_mb=$((memory_mb * 3 / 10)) shm_mb=$(($(df --output=avail --block-size=1M /dev/shm | tail -n 1) * 9 / 10))
+    [ "$objects_mb" -le "$shm_mb" ] || objects_mb=$shm_mb
+    resources+=(--memory $(((memory_mb - objects_mb) << 20)) --object-store-memory $((objects_mb << 20)))
+  fi
+fi

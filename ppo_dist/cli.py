@@ -218,7 +218,7 @@ def _config_arguments(command: argparse.ArgumentParser) -> None:
         "config",
         type=Path,
         metavar="CONFIG",
-        help="YAML file; every key and its meaning are in ppo_dist/config/",
+        help="YAML file; every key and its meaning are in docs/config.md",
     )
     command.add_argument(
         "overrides", nargs="*", metavar="key.sub=value", help="values in place of the file's"

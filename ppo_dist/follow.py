@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 import time
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
 EXIT_CODES = (0, 1, 2, 3, 130)
 LAST_WORD = "ppo-dist train: exit code "
-PATIENCE_S, PAUSE_S = 300.0, 1.0
+PATIENCE_S, PAUSE_S, SILENCE_S = 300.0, 1.0, 120.0
 KEPT_CHARACTERS = 2000
 
 
@@ -70,9 +71,11 @@ class Follower:
         while True:
             before = self.characters
             try:
-                asyncio.run(self._print_log())
+                is_whole = asyncio.run(self._print_log())
                 found = self.client.get_job_info(self.job)
                 if found.status.is_terminal():
+                    if not is_whole:  # now it has an end
+                        asyncio.run(self._print_log())
                     return self._ended(found)
                 seen = time.monotonic()
             except (aiohttp.ClientError, OSError, RuntimeError) as error:
@@ -84,15 +87,24 @@ class Follower:
                     return 1
             time.sleep(PAUSE_S)
 
-    async def _print_log(self) -> None:
-        """What was not printed yet; the server begins at the beginning each time."""
+    async def _print_log(self) -> bool:
+        """What was not printed yet; the server begins at the beginning each time. Returns whether
+        it came to an end: it also does where nothing comes for SILENCE_S, as by a dead connection.
+        """
+        import asyncio
+
         place = 0
-        async for text in self.client.tail_job_logs(self.job):
-            new = text[max(0, self.characters - place) :]
-            place += len(text)
-            self.characters = max(self.characters, place)
-            self.end = (self.end + new)[-KEPT_CHARACTERS:]
-            print(new, end="", flush=True)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(SILENCE_S) as limit:
+                async for text in self.client.tail_job_logs(self.job):
+                    limit.reschedule(asyncio.get_running_loop().time() + SILENCE_S)
+                    new = text[max(0, self.characters - place) :]
+                    place += len(text)
+                    self.characters = max(self.characters, place)
+                    self.end = (self.end + new)[-KEPT_CHARACTERS:]
+                    print(new, end="", flush=True)
+                return True
+        return False
 
     def _ended(self, found: Any) -> int:
         code = exit_code(found.driver_exit_code, found.message, self.end)

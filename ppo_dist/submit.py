@@ -30,7 +30,7 @@ NEAREST = "http://127.0.0.1:8265"
 # beside what .gitignore and .rayignore leave out; the slashes keep ppo_dist/models/
 EXCLUDED = [".git", ".venv", "__pycache__", "/runs", "/models", "/wandb"]
 CONNECT_S = 10
-PINNED = ("ppo_dist", "ray", "torch")
+PINNED = ("ppo_dist", "ray", "torch", "deepspeed", "transformers")  # what numbers depend on
 SENT_WITH = "PPO_DIST_SENT_WITH"  # their versions, among a job's variables
 
 
@@ -116,11 +116,11 @@ def submit(run: Submission, is_followed: bool) -> int:
             entrypoint_num_gpus=run.entrypoint_gpus,
             entrypoint_memory=None if memory is None else int(memory * 1e9),
         )
-    print(f"submitted {job} to {run.address}", flush=True)
-    if not is_followed:
-        say_how_to_go_on(job, run.address)
-        return 0
-    return Follower(client, job, run.address).to_the_end()
+        print(f"submitted {job} to {run.address}", flush=True)
+        if is_followed:
+            return Follower(client, job, run.address).to_the_end()
+    say_how_to_go_on(job, run.address)
+    return 0
 
 
 def check_versions() -> None:

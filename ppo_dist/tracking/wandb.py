@@ -9,7 +9,6 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 import wandb
 from wandb.sdk.lib.wbauth import read_netrc_auth
@@ -121,12 +120,9 @@ class Wandb:
         return artifact
 
 
-def server() -> tuple[str, int] | None:
-    """Host and port of the server that runs are sent to; None without a key."""
-    if not has_key():
-        return None
-    parts = urlsplit(str(_settings().base_url))
-    return parts.hostname or "", parts.port or (80 if parts.scheme == "http" else 443)
+def server() -> str | None:
+    """The URL of the server that runs are sent to; None without a key."""
+    return str(_settings().base_url) if has_key() else None
 
 
 def _settings() -> wandb.Settings:

@@ -39,7 +39,10 @@ ReturnToService=2
 MinJobAge=3600
 SchedulerParameters=batch_sched_delay=1,sched_interval=2,bf_interval=2
 {nodes}
-PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
+PartitionName=first Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=9 PreemptMode=OFF
 """
 
 
@@ -72,9 +75,11 @@ class Slurm:
         return result.stdout.strip()
 
     def job(self, number: str) -> dict[str, str]:
-        """What the controller says of it, such as {"JobState": "RUNNING", "Restarts": "1"}."""
-        words = self.command("scontrol", "--oneliner", "show", "job", number).split()
-        return dict(word.split("=", 1) for word in words if "=" in word)
+        """What the controller says of it, or of its first component, such as {"JobState":
+        "RUNNING", "Restarts": "1"}.
+        """
+        line, *_ = self.command("scontrol", "--oneliner", "show", "job", number).splitlines()
+        return dict(word.split("=", 1) for word in line.split() if "=" in word)
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ SCHEMAS = ROOT / "tests" / "schemas"
 QUANTITY = r"([+-]?[0-9.]+)([eEinumkKMGTP]*[-+]?[0-9]*)"
 LABEL = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?"
 VARIABLE = r"[-._a-zA-Z][-._a-zA-Z0-9]*"
+OFFERED = ("cpus", "gpus")
 LONGEST_JOB_NAME = 47  # KubeRay adds to it
 PROBES = {  # those that need no token: Ray's own head and agent
     "ray-head": {"path": "/api/gcs_healthz", "port": 8265},
@@ -95,6 +96,13 @@ def faults(made: dict[str, Object]) -> list[str]:
         found.append("whoever reaches the cluster may use it: no token")
     if f"\nray=={cluster['rayVersion']}\n" not in (ROOT / "docker/constraints.txt").read_text():
         found.append(f"rayVersion {cluster['rayVersion']}: not what is installed")
+    claim = made["PersistentVolumeClaim"]["spec"]
+    if claim["accessModes"] != ["ReadWriteMany"]:
+        found.append("all pods write to the claim")
+    if not re.fullmatch(QUANTITY, str(claim["resources"]["requests"]["storage"])):
+        found.append(f"{claim['resources']['requests']['storage']}: no quantity")
+    if any(cluster["headGroupSpec"]["rayStartParams"].get(f"num-{of}") != "0" for of in OFFERED):
+        found.append("workers could stand on the head")
     names = [each["metadata"]["name"] for each in made.values()]
     names += [group["groupName"] for group in cluster["workerGroupSpecs"]]
     for pod in pods(job).values():
@@ -123,6 +131,8 @@ def faults_of_pod(pod: Object, made: dict[str, Object]) -> Iterator[str]:
             asked = container[probe]["httpGet"]
             if any(asked[key] != value for key, value in PROBES[container["name"]].items()):
                 yield f"{probe} of {container['name']}: {asked}"
+        if not container["securityContext"].get("runAsNonRoot"):
+            yield f"{container['name']}: could be root"
         yield from faults_of_secrets(container["env"])
         names = [variable["name"] for variable in container["env"]]
         if len(set(names)) < len(names):
@@ -173,6 +183,8 @@ def put(path: str, value: Any) -> Any:
     def change(made: dict[str, Object]) -> None:
         *way, last = path.split("/")
         node: Any = made["RayJob"]["spec"]
+        if path.startswith("claim/"):
+            node = {"claim": made["PersistentVolumeClaim"]["spec"]}
         for part in way:
             node = node[int(part)] if isinstance(node, list) else node[part]
         if value is GONE:
@@ -203,6 +215,10 @@ WORKER = "rayClusterSpec/workerGroupSpecs/1/template/spec"
         (put(f"{HEAD}/containers/0/readinessProbe/httpGet/prot", 1), "prot"),
         (put(f"{HEAD}/containers/0/livenessProbe/httpGet/path", "/"), "livenessProbe of ray-head"),
         (put(f"{WORKER}/containers/0/livenessProbe/httpGet/port", 1), "livenessProbe of ray-w"),
+        (put(f"{WORKER}/containers/0/securityContext/runAsNonRoot", GONE), "could be root"),
+        (put("rayClusterSpec/headGroupSpec/rayStartParams/num-gpus", GONE), "on the head"),
+        (put("claim/accessModes/0", "ReadWriteOnce"), "all pods"),
+        (put("claim/resources/requests/storage", "500 GB"), "500 GB: no quantity"),
         (put("rayClusterSpec/authOptions", GONE), "no token"),
         (put("rayClusterSpec/rayVersion", "2.59.0"), "rayVersion 2.59.0"),
         (put(f"{HEAD}/containers/0/env/0", GONE), "WANDB_API_KEY: not from the secret"),

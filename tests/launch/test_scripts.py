@@ -80,13 +80,25 @@ def test_a_worker_waits_for_the_head_from_when_it_is_installed(tmp_path: Path) -
     assert "--address 127.0.0.1:1" in (tmp_path / "started").read_text()
 
 
+SEVEN = {"SLURM_STEP_ID": "1", "SLURM_CPUS_ON_NODE": "7"}
+
+
 @pytest.mark.parametrize("script", ["ray_head.sh", "ray_worker.sh"])
-def test_in_a_step_of_slurm_a_node_has_the_cpus_of_the_step(tmp_path: Path, script: str) -> None:
+def test_in_a_step_of_slurm_a_node_has_what_the_step_has(tmp_path: Path, script: str) -> None:
     env = with_fake_ray(tmp_path, installs_s=0) | {"PPO_DIST_HEAD_ADDRESS": "127.0.0.1"}
     for step, words in (
         ({}, ""),
-        ({"SLURM_STEP_ID": "1", "SLURM_CPUS_ON_NODE": "7"}, "--num-cpus 7"),
+        (SEVEN, "--num-cpus 7"),
+        (
+            SEVEN | {"SLURM_MEM_PER_NODE": "1000"},
+            "--memory 734003200 --object-store-memory 314572800",
+        ),
+        (
+            SEVEN | {"SLURM_MEM_PER_CPU": "200"},
+            "--memory 1027604480 --object-store-memory 440401920",
+        ),
     ):
         subprocess.run([tmp_path / "launch" / script], env=env | step, check=True)
         started = (tmp_path / "started").read_text()
         assert ("--num-cpus" in started) == bool(step) and words in started
+        assert ("memory" in started) == any("MEM" in name for name in step)

