@@ -86,17 +86,12 @@ SEVEN = {"SLURM_STEP_ID": "1", "SLURM_CPUS_ON_NODE": "7"}
 @pytest.mark.parametrize("script", ["ray_head.sh", "ray_worker.sh"])
 def test_in_a_step_of_slurm_a_node_has_what_the_step_has(tmp_path: Path, script: str) -> None:
     env = with_fake_ray(tmp_path, installs_s=0) | {"PPO_DIST_HEAD_ADDRESS": "127.0.0.1"}
+    memory = "--memory {} --object-store-memory {}"
     for step, words in (
         ({}, ""),
         (SEVEN, "--num-cpus 7"),
-        (
-            SEVEN | {"SLURM_MEM_PER_NODE": "1000"},
-            "--memory 734003200 --object-store-memory 314572800",
-        ),
-        (
-            SEVEN | {"SLURM_MEM_PER_CPU": "200"},
-            "--memory 1027604480 --object-store-memory 440401920",
-        ),
+        (SEVEN | {"SLURM_MEM_PER_NODE": "1000"}, memory.format(700 << 20, 300 << 20)),
+        (SEVEN | {"SLURM_MEM_PER_CPU": "200"}, memory.format(980 << 20, 420 << 20)),
     ):
         subprocess.run([tmp_path / "launch" / script], env=env | step, check=True)
         started = (tmp_path / "started").read_text()
