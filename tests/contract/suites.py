@@ -62,6 +62,8 @@ def check_rollout_engine(
         again = engine.generate(chunk)
         for one, two in zip(rollouts, again, strict=True):
             assert one.tokens_R.tolist() == two.tokens_R.tolist(), "a chunk decides its tokens"
+    most = engine.peak_memory()
+    assert most is None or most > 0
 
 
 def check_rollout(rollout: Rollout, chunk: Chunk) -> None:

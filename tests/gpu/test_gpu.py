@@ -115,7 +115,9 @@ def test_vllm_proves_that_it_loads(tmp_path: Path) -> None:
         cluster={"placement": "colocated"},
         rollout={"engine": {"kind": "vllm", "max_model_tokens": 256, "memory_share": 0.3}},
     )
-    assert all(row["rollout/logprob_gap"] < 0.2 for row in _rows(raw)[1:])
+    rows = _rows(raw)[1:]
+    assert all(row["rollout/logprob_gap"] < 0.2 for row in rows)
+    assert all(row["system/rollout-0/gpu_memory_gb"] > 1 for row in rows), "of vLLM's process"
 
 
 def _rows(raw: dict[str, Any]) -> list[dict[str, Any]]:

@@ -79,6 +79,7 @@ def named(lm: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 def test_contract(engine: Any, lm: PreTrainedModel) -> None:
     suites.check_rollout_engine(engine, named(lm).items(), work(5))
+    assert (engine.peak_memory() is None) == (available() == "cpu")
 
 
 def test_tokens_do_not_depend_on_what_is_generated_beside(engine: Any, lm: PreTrainedModel) -> None:
