@@ -166,10 +166,13 @@ class FakeLearners:
 
 
 class FakeReward:
-    """A RewardSource: 1 where the response has an even number of tokens."""
+    """Rewards: 1 where the response has an even number of tokens."""
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
         return [Score(float(len(r.tokens_R) % 2 == 0), "fake") for r in rollouts]
+
+    def vitals(self) -> dict[int, Vitals]:
+        return {}
 
 
 class FakeTracker:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -68,6 +70,8 @@ class Cluster:
     def __init__(self, *deaths: str) -> None:
         self.deaths, self.calls, self.starts = set(deaths), {}, 0  # type: ignore[var-annotated]
         self.no_room_at, self.dies_at = -1, range(0)
+        self.seen: list[weakref.ref[Mortal]] = []
+        self.left: list[int] = []  # at each start, of those before
 
     @contextlib.contextmanager
     def workers(self, config: Config, model_path: str, resume: Path | None) -> Iterator[Any]:
@@ -76,7 +80,10 @@ class Cluster:
             raise InputError("the cluster is too small")
         if self.starts in self.dies_at:
             raise WorkersLost("learners: rank 1: out of memory")
+        self.left.append(sum(one() is not None for one in self.seen))
         learners = Mortal(self.deaths, self.calls)
+        learners.itself = learners  # type: ignore[attr-defined]  # as parts that know each other
+        self.seen.append(weakref.ref(learners))
         if resume is not None:
             learners.restore(resume)
         yield learners, FakePool(), FakeReward()
@@ -131,6 +138,19 @@ def events(folder: Path) -> list[dict[str, Any]]:
     path = folder / "events.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     return [row for row in rows if row["event"] != "alert"]
+
+
+def test_before_others_start_what_was_lost_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And with it connections to the dead, whenever Python collects cycles by itself."""
+    cluster = Cluster("update 4", "update 6")
+    gc.disable()
+    try:
+        assert run(monkeypatch, cluster, tmp_path) == "done"
+    finally:
+        gc.enable()
+    assert cluster.left == [0, 0, 0]
 
 
 @pytest.mark.parametrize(
