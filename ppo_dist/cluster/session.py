@@ -72,8 +72,10 @@ def session(cluster: Cluster) -> Iterator[None]:
                 "token in RAY_AUTH_TOKEN, or in the file RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token?)"
             ) from None
     else:
-        # else its head keeps 3 KB of every call, up to 100,000 of them, for a dashboard that is off
+        # for a dashboard that is off its head would keep 3 KB of every call and hundreds of every
+        # actor that ended, up to 100,000 of each
         os.environ.setdefault("RAY_task_events_report_interval_ms", "0")
+        os.environ.setdefault("RAY_maximum_gcs_destroyed_actor_cached_count", "10")
         ray.init(
             address="local",
             num_cpus=cluster.cpus,
