@@ -40,6 +40,7 @@ if [ -n "${SLURM_STEP_ID:-}" ]; then
   if [ "$memory_mb" -gt 0 ]; then
     objects_mb=$((memory_mb * 3 / 10)) shm_mb=$(($(df --output=avail --block-size=1M /dev/shm | tail -n 1) * 9 / 10))
     [ "$objects_mb" -le "$shm_mb" ] || objects_mb=$shm_mb
-    resources+=(--memory $(((memory_mb - objects_mb) << 20)) --object-store-memory $((objects_mb << 20)))
+    [ "$objects_mb" -lt 75 ] || # Ray takes no less
+      resources+=(--memory $(((memory_mb - objects_mb) << 20)) --object-store-memory $((objects_mb << 20)))
   fi
 fi

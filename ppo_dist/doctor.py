@@ -51,7 +51,7 @@ def doctor(config: Config | None, console: Console) -> int:
     """
     folder = Path(config.run.dir if config else ".").resolve()
     token = f".doctor-{os.getpid()}"
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    made = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
     with contextlib.suppress(OSError):  # then the folder is judged so
         folder.mkdir(parents=True, exist_ok=True)
         (folder / token).touch()

@@ -5,7 +5,10 @@ it.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
+import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -24,6 +27,8 @@ from ppo_dist.cluster.layout import Layout, Node, Slot, bundle_of, difference, l
 from ppo_dist.config import Config, InputError
 from ppo_dist.config.workers import Cluster
 from ppo_dist.device import DeviceKind
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,7 @@ def session(cluster: Cluster) -> Iterator[None]:
         yield
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     if address := cluster.joins:
         try:
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
@@ -83,6 +89,8 @@ def session(cluster: Cluster) -> Iterator[None]:
             log_to_driver=False,
             logging_level="ERROR",
         )
+    if on_sigterm is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own would abort
     try:
         yield
     finally:
@@ -102,13 +110,16 @@ def fitting(config: Config, has_learners: bool = True, has_rollouts: bool = True
     Raises:
         InputError: it is too small, see `layout`.
     """
-    cluster, begin = config.cluster, time.monotonic()
+    cluster, begin, is_told = config.cluster, time.monotonic(), False
     while True:
         try:
             return layout(config, nodes(), has_learners, has_rollouts)
-        except InputError:
+        except InputError as error:
             if cluster.joins is None or time.monotonic() - begin > cluster.wait_s:
                 raise
+            if not is_told:
+                logger.warning("waiting up to %.0f s for more nodes: %s", cluster.wait_s, error)
+                is_told = True
         time.sleep(0.5)
 
 

@@ -88,6 +88,9 @@ class Ranks:
 class Engine(Writer):
     """The same as a RolloutEngine, for real workers."""
 
+    def peak_memory(self) -> int | None:
+        return None
+
     def generate(self, chunk: Chunk) -> list[Rollout]:
         return self.timed(chunk)[0]
 

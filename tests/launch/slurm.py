@@ -122,6 +122,6 @@ def slurm(folder: Path, cpus: Sequence[int]) -> Iterator[Slurm]:
 
 def _idle(made: Slurm) -> int:
     result = subprocess.run(
-        ["sinfo", "-h", "-N", "-o", "%T"], env=made.env, capture_output=True, text=True
+        ["sinfo", "-h", "-N", "-p", "all", "-o", "%T"], env=made.env, capture_output=True, text=True
     )
     return result.stdout.split().count("idle")

@@ -198,6 +198,22 @@ def test_without_the_token_it_is_refused(head: Head, tmp_path: Path, wrong: str 
     assert "Traceback" not in result.stderr
 
 
+def test_sigterm_ends_it_also_while_it_waits_for_nodes(head: Head, tmp_path: Path) -> None:
+    """Ray has a handler of its own, which aborts."""
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            ["ppo-dist", "train", str(written(tmp_path, rollout={"workers": 99}))],
+            env=head.env | {"RAY_ADDRESS": f"127.0.0.1:{head.port}"},
+            stdout=file,
+            stderr=file,
+        )
+    wait_for(lambda: "waiting up to 120 s for more nodes: " in log.read_text(), 90, log.read_text)
+    process.terminate()
+    assert process.wait(30) == 130, log.read_text()
+    assert log.read_text().endswith("ppo-dist: interrupted\n"), log.read_text()
+
+
 def test_ctrl_c_stops_it_after_a_checkpoint_and_it_resumes(head: Head, tmp_path: Path) -> None:
     """With W&B, whose process the stop reaches as well. Resumed without a job: `ppo-dist train`
     joins by RAY_ADDRESS.

@@ -128,9 +128,9 @@ def test_of_several_components_it_has_all_nodes(cluster: Slurm, tmp_path: Path) 
 
 def test_before_its_time_limit_it_writes_a_checkpoint(cluster: Slurm, tmp_path: Path) -> None:
     config = written(tmp_path, steps=100_000)
-    job = submitted(cluster, config, "--time=2", "--signal=B:TERM@60")
+    job = submitted(cluster, config, "--cpus-per-task=2", "--time=3", "--signal=B:TERM@60")
     log = tmp_path / f"slurm-{job}.out"
-    wait_for(lambda: cluster.job(job)["Restarts"] == "1", 240)
+    wait_for(lambda: cluster.job(job)["Restarts"] == "1", 240, log.read_text)
     cluster.command("scancel", job)
     print(log.read_text())
     (event,) = map(json.loads, (tmp_path / "run" / "events.jsonl").read_text().splitlines())
