@@ -18,7 +18,7 @@ from ppo_dist.config.algorithm import KlInLoss
 from ppo_dist.coordinator.ahead import Ahead
 from ppo_dist.coordinator.evaluate import Evaluator
 from ppo_dist.coordinator.experience import Experience, supervised, updates
-from ppo_dist.coordinator.judge import judged
+from ppo_dist.coordinator.judge import judged, sample
 from ppo_dist.coordinator.scale import Scale
 from ppo_dist.coordinator.state import Checkpoints, RunState
 from ppo_dist.coordinator.stream import Stream
@@ -36,7 +36,7 @@ from ppo_dist.reports import Coefficients, Vitals
 from ppo_dist.semi.guard import Guard
 from ppo_dist.semi.schedule import value_at
 from ppo_dist.tracking.metrics import WORKERS, Row, Stopwatch, keys, step_row, timings, took
-from ppo_dist.types import MixPlan, Rollout, Sampling, Scored, TrainSequence
+from ppo_dist.types import MixPlan, Rollout, Sampling, TrainSequence
 
 PUBLISH_ATTEMPTS = 3
 BEST = "policy-best"  # in a run folder
@@ -299,20 +299,3 @@ class Loop:
             self._memory.state_dict(),
             lambda folder: self._parts.learners.save(checkpoint=folder),
         )
-
-
-def sample(scored: Scored) -> dict[str, Any]:
-    """A row of the table of samples."""
-    rollout, score = scored.rollout, scored.score
-    return {
-        "uid": rollout.prompt.uid,
-        "origin": rollout.prompt.origin,
-        "prompt": rollout.prompt.text,
-        "response": rollout.text,
-        "reward": score.value,
-        "source": score.source,
-        "answer": score.ballot and score.ballot.answer,
-        "vote_share": score.ballot and score.ballot.vote.share,
-        "finish": rollout.finish,
-        "version": rollout.version,
-    }
