@@ -8,15 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
+from ppo_dist.cli import main
 from tests.conftest import raw_config
-
-
-def command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "ppo_dist", *map(str, arguments)], capture_output=True, text=True
-    )
 
 
 def strict(text: str) -> Any:
@@ -26,13 +22,16 @@ def strict(text: str) -> Any:
     return json.loads(text, parse_constant=refuse)
 
 
-def test_a_run_that_blows_up_stops_with_what_it_skipped(tmp_path: Path) -> None:
+def test_a_run_that_blows_up_stops_with_what_it_skipped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "run"
     raw = raw_config(
         folder, train={"steps": 20}, learner={"lr": 1e30}, eval={"every": 5}, mix={"prompts": 4}
     )
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(raw))
-    result = command("train", tmp_path / "config.yaml")
+    command = [sys.executable, "-m", "ppo_dist", "train", str(tmp_path / "config.yaml")]
+    result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 3, result.stderr
     assert "3 updates in a row were not finite" in result.stdout
     assert "Traceback" not in result.stderr
@@ -41,9 +40,8 @@ def test_a_run_that_blows_up_stops_with_what_it_skipped(tmp_path: Path) -> None:
     events = [strict(line) for line in (folder / "events.jsonl").read_text().splitlines()]
     assert events[-1]["event"] == "stopped" and any("not finite" in str(e) for e in events)
     skipped = sorted((folder / "skipped").iterdir())
-    replayed = command("replay", skipped[-1])
-    assert replayed.returncode == 0, replayed.stderr
-    assert "logprobs_R" in replayed.stdout and "not finite" in replayed.stdout
-    assert "grad_norm" in replayed.stdout
-    wrong = command("replay", folder / "metrics.jsonl")
-    assert wrong.returncode == 2 and "not a skipped update" in wrong.stderr
+    assert main(["replay", str(skipped[-1])]) == 0
+    said = capsys.readouterr().out
+    assert "logprobs_R" in said and "not finite" in said and "grad_norm" in said
+    assert main(["replay", str(folder / "metrics.jsonl")]) == 2
+    assert "not a skipped update" in capsys.readouterr().err
