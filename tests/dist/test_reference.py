@@ -332,7 +332,7 @@ def check(
         ("lora", 0, 1),
         pytest.param("lora", 1, 2, marks=pytest.mark.slow),
         pytest.param("lora", 2, 1, marks=pytest.mark.slow),
-        ("lora", 3, 2),
+        pytest.param("lora", 3, 2, marks=pytest.mark.slow),
         *(("shared", stage, 2 - stage % 2) for stage in range(4)),
         ("phi", 1, 2),
     ],

@@ -256,6 +256,7 @@ def collapsing(folder: Path, guard: dict[str, Any]) -> list[dict[str, Any]]:
     return numbers(folder)
 
 
+@pytest.mark.slow
 def test_votes_alone_collapse_and_the_guard_keeps_the_best(tmp_path: Path) -> None:
     told = collapsing(tmp_path / "alone", {"gap": None, "drop": None})
     accuracies = [a for row in told if (a := row["eval/held_out/accuracy"]) is not None]

@@ -79,7 +79,13 @@ CASES: dict[str, tuple[Callable[[dict[str, Any]], None], list[str]]] = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+FAST = ("unknown key", "wrong type", "missing file", "no weights")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in CASES],
+)
 def test_one_clear_line(tmp_path: Path, name: str) -> None:
     change, words = CASES[name]
     config = written(tmp_path, change)

@@ -21,6 +21,7 @@ from ppo_dist.transport.memory import MemoryReceiver
 from ppo_dist.transport.wire import finite
 from ppo_dist.types import Rollout, Score
 from tests.conftest import raw_config
+from tests.fakes import FakeReward
 from tests.unit.rig import Rig
 from tests.unit.test_rewards import rollout
 
@@ -50,7 +51,7 @@ def test_a_sum_that_overflows_does_too() -> None:
 
 
 def test_what_counts_as_0_since_it_failed_is_told(tmp_path: Path) -> None:
-    class Failing:
+    class Failing(FakeReward):
         def score(self, rollouts: list[Rollout]) -> list[Score]:
             faults = ["returned nan", *[None] * (len(rollouts) - 1)]
             return [Score(0.0, "function", fault) for fault in faults]

@@ -26,6 +26,16 @@ from tests.conftest import raw_config
 from tests.fakes import FakeLearners, FakePool, FakeReward
 from tests.unit.rig import TIMINGS, prompts
 
+
+@pytest.fixture(autouse=True, scope="module")
+def cheap_collections() -> Iterator[None]:
+    """Each start collects garbage, which would look through all that is imported."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 ADAPTIVE = {"kl": {"coef": 0.5, "controller": {"kind": "adaptive", "target": 0.01, "horizon": 30}}}
 
 
