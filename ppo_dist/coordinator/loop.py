@@ -25,13 +25,7 @@ from ppo_dist.coordinator.stream import Stream
 from ppo_dist.coordinator.unlabelled import Unlabelled
 from ppo_dist.coordinator.watch import Watch
 from ppo_dist.data.chunks import chunks
-from ppo_dist.protocols import (
-    LearnerGroup,
-    MixSchedule,
-    Rewards,
-    RolloutPool,
-    Tracker,
-)
+from ppo_dist.protocols import LearnerGroup, MixSchedule, Rewards, RolloutPool, Tracker
 from ppo_dist.reports import Coefficients, Vitals
 from ppo_dist.semi.guard import Guard
 from ppo_dist.semi.schedule import value_at

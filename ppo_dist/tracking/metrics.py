@@ -46,18 +46,8 @@ def keys(config: Config) -> list[str]:
     names += ["reward/faults", "reward/dropped", "objective/kl_coef", "objective/advantage_std"]
     if config.reference is not None:
         names.append("objective/kl")
-    names += [
-        f"policy/{k}"
-        for k in (
-            "loss",
-            "approx_kl",
-            "approx_kl_k1",
-            "clip_fraction",
-            "entropy",
-            "grad_norm",
-            "lr",
-        )
-    ]
+    of_policy = ("loss", "approx_kl", "approx_kl_k1", "clip_fraction", "entropy", "grad_norm", "lr")
+    names += [f"policy/{k}" for k in of_policy]
     if corrects(config):
         names += ["policy/correction_mean", "policy/correction_cut_rate"]
     if config.algorithm.reward.normalise:
@@ -76,18 +66,17 @@ def keys(config: Config) -> list[str]:
     names += ["semi/mu", "semi/labelled_share"]
     names += [f"semi/policy_tokens/{origin}" for origin in ORIGINS if uses(config, origin)]
     names += _unlabelled_keys(config)
-    names += [
-        f"rollout/{k}"
-        for k in (
-            "tokens",
-            "length_mean",
-            "truncated_rate",
-            "logprob_gap",
-            "version_lag",
-            "dropped",
-        )
-    ]
-    names += [f"timing_s/{stage}" for stage in (*STAGES, *(f"idle_{role}" for role in IDLE))]
+    names += [f"rollout/{k}" for k in ("tokens", "length_mean", "truncated_rate", "logprob_gap")]
+    names += ["rollout/version_lag", "rollout/dropped"]
+    names += _machine_keys(config)
+    for name, sources in (("held_out", config.data.held_out), ("test", config.data.test)):
+        if sources:
+            names += [f"eval/{name}/{k}" for k in EVALUATED]
+    return names
+
+
+def _machine_keys(config: Config) -> list[str]:
+    names = [f"timing_s/{stage}" for stage in (*STAGES, *(f"idle_{role}" for role in IDLE))]
     names += ["perf/tokens_per_s", "perf/learner_mfu"]
     names += [f"perf/idle_{role}_share" for role in IDLE]
     workers = {
@@ -97,9 +86,6 @@ def keys(config: Config) -> list[str]:
     }
     for role, count in workers.items():
         names += [f"{WORKERS}{role}-{n}/{key}" for n in range(count) for key in VITALS]
-    for name, sources in (("held_out", config.data.held_out), ("test", config.data.test)):
-        if sources:
-            names += [f"eval/{name}/{k}" for k in EVALUATED]
     return names
 
 
