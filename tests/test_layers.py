@@ -38,7 +38,7 @@ ALLOWED = {
 HEAVY = {
     "torch": {"types", "protocols", "device", "algo", "semi", "models", "transport", "rollout",
               "learner", "coordinator", "rewards.model", "fetch", "study.bench"},
-    "deepspeed": {"learner.engine"},
+    "deepspeed": {"learner.engine", "learner.ranks"},
     "ray": {"cluster", "transport.store", "submit", "follow"},
     "wandb": {"tracking.wandb"},
     "vllm": {"rollout.vllm"},

@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import ray
@@ -29,6 +29,7 @@ from ppo_dist.config.workers import Cluster
 from ppo_dist.device import DeviceKind
 
 logger = logging.getLogger(__name__)
+TOLD_AFTER_S = 5.0  # of a wait for room in the cluster
 
 
 @dataclass(frozen=True)
@@ -155,15 +156,25 @@ def _reserve(cluster: Cluster, wanted: Layout, made: dict[int, tuple[PlacementGr
         before = list(made)
         group = placement_group([wanted.bundles[n] for n in part], strategy="PACK")
         made.update({number: (group, index) for index, number in enumerate(part)})
-        if not group.wait(max(deadline - time.monotonic(), 0.1)):
-            found = Counter(ray.available_resources())
-            for number in before:
-                found.update(wanted.bundles[number])
-            lacking = difference(wanted.bundles, found)
-            raise InputError(
-                f"the cluster has no room for this run after {cluster.wait_s:.0f} s "
-                f"(cluster.wait_s): {lacking or 'what is free is spread over too many nodes'}"
-            )
+        if group.wait(min(TOLD_AFTER_S, cluster.wait_s)):
+            continue
+        if (left := deadline - time.monotonic()) >= 1:
+            lacking = _lacking(wanted, before)
+            logger.warning("waiting up to %.0f s more for room in the cluster: %s", left, lacking)
+            if group.wait(left):
+                continue
+        raise InputError(
+            f"the cluster has no room for this run after {cluster.wait_s:.0f} s "
+            f"(cluster.wait_s): {_lacking(wanted, before)}"
+        )
+
+
+def _lacking(wanted: Layout, reserved: Sequence[int]) -> str:
+    """What the cluster has too little of, beside the bundles that are reserved already."""
+    found = Counter(ray.available_resources())
+    for number in reserved:
+        found.update(wanted.bundles[number])
+    return difference(wanted.bundles, found) or "what is free is spread over too many nodes"
 
 
 def _node(group: PlacementGroup, index: int) -> str:

@@ -1,4 +1,4 @@
-"""The only file that knows DeepSpeed: a module that is sharded, trained, saved and gathered.
+"""What knows DeepSpeed: a module that is sharded, trained, saved and gathered.
 
 Five settings are what keeps gradients right here (each is held by a test):
   * `managed_gradient_accumulation: false`: any number of backward passes before a step. In the
@@ -15,60 +15,28 @@ Five settings are what keeps gradients right here (each is held by a test):
 
 from __future__ import annotations
 
-import datetime
 import gc
 import math
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import deepspeed
 import deepspeed.comm
-import deepspeed.ops
 import torch
 from torch import nn
-from torch.distributed import distributed_c10d as c10d
 from transformers.integrations import HfDeepSpeedConfig
 
 from ppo_dist.config.workers import AdamW, LearnerSection
-from ppo_dist.device import DTYPES, DeviceKind, available, backend
+from ppo_dist.device import DTYPES, available
 from ppo_dist.learner import shards
+from ppo_dist.learner.ranks import limit_waits
 
 M = TypeVar("M", bound=nn.Module)
 
 
 class _NotFinite(Exception):
     """Ends a step before the optimizer changes anything; the same on all ranks."""
-
-
-def join_group(
-    rank: int, world: int, address: str, port: int, kind: DeviceKind, deadline_s: float
-) -> None:
-    """Joins the process group of all learners; a second call in the same process does nothing. A
-    rank waits at most `deadline_s` for the others.
-    """
-    if torch.distributed.is_initialized():
-        return
-    os.environ.update(
-        RANK=str(rank),
-        WORLD_SIZE=str(world),
-        LOCAL_RANK="0",
-        MASTER_ADDR=address,
-        MASTER_PORT=str(port),
-    )
-    # DeepSpeed compiles a shared-memory op at this point unless it is marked as not available
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    timeout = datetime.timedelta(seconds=deadline_s)
-    deepspeed.init_distributed(dist_backend=backend(kind), timeout=timeout, verbose=False)
-
-
-def _limit_waits(deadline_s: float) -> None:
-    """Gives all groups the same deadline: DeepSpeed makes some with torch's own, of 10 or 30
-    minutes, which is too short for those who have asked for more.
-    """
-    for group in list(c10d._world.pg_map):
-        c10d._set_pg_timeout(datetime.timedelta(seconds=deadline_s), group)
 
 
 def _zero_config(learner: LearnerSection, max_grad_norm: float = 0.0) -> dict[str, Any]:
@@ -119,7 +87,7 @@ def frozen(learner: LearnerSection, module: nn.Module, device: torch.device) -> 
         "bf16": {"enabled": learner.dtype == "bf16"},
     }
     engine: nn.Module = deepspeed.initialize(model=module, config=config)[0]
-    _limit_waits(learner.deadline_s)
+    limit_waits(learner.deadline_s)
     engine.eval()
     return engine
 
@@ -148,7 +116,7 @@ class ZeroEngine:
         self._engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=_zero_config(learner, max_grad_norm)
         )
-        _limit_waits(learner.deadline_s)
+        limit_waits(learner.deadline_s)
         self._world = torch.distributed.get_world_size()
         if self._stage == 0 and self._world == 1:
             # else all gradients are copied into one buffer, summed over nobody, and copied back

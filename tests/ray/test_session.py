@@ -15,8 +15,12 @@ from tests.conftest import raw_config
 
 
 def test_a_busy_cluster_is_waited_for_and_then_said_to_be(
-    ray_session: None, tmp_path: Path
+    ray_session: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    monkeypatch.setattr("ppo_dist.cluster.session.TOLD_AFTER_S", 1.0)
     two = {"workers": 2}
     raw = raw_config(tmp_path, cluster={"kind": "ray", "wait_s": 3}, learner=two, rollout=two)
     config = Config.model_validate(raw)
@@ -28,6 +32,8 @@ def test_a_busy_cluster_is_waited_for_and_then_said_to_be(
     with pytest.raises(InputError, match=lacks), reserved(config, wanted):
         pass
     assert 2 <= time.monotonic() - begin < 20, "Ray waits for whole seconds"
+    waits = "more for room in the cluster: 4 CPUs asked for, 2 found"
+    assert waits in caplog.text, "told of before the wait is over"
     remove_placement_group(others)
     patient = raw_config(tmp_path, cluster={"kind": "ray"}, learner=two, rollout=two)
     with reserved(Config.model_validate(patient), wanted) as (learners, rollouts, _):

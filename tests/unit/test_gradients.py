@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from ppo_dist.config.workers import LearnerSection
-from ppo_dist.learner.engine import ZeroEngine, join_group
+from ppo_dist.learner.engine import ZeroEngine
+from ppo_dist.learner.ranks import join_group
 
 MICRO_BATCHES, SIZE = 100, 16
 
