@@ -21,17 +21,16 @@ from ppo_dist.config.base import (
 )
 
 Whiten = Literal["global", "per_origin", "off"]
+WHITENED = "advantages to mean 0, variance 1 over the whole step, or by origin"
 
 
 class Gae(Section):
     """Generalised advantage estimation with a critic (Schulman et al. 2015, arXiv:1506.02438)."""
 
     kind: Literal["gae"] = "gae"
-    gamma: float = Field(1.0, ge=0, le=1)
-    lam: float = Field(0.95, ge=0, le=1)
-    whiten: Whiten = Field(
-        "global", description="advantages to mean 0, variance 1 over the whole step, or by origin"
-    )
+    gamma: float = Field(1.0, ge=0, le=1, description="discount γ of a token")
+    lam: float = Field(0.95, ge=0, le=1, description="λ: 0 trusts the critic, 1 the rewards")
+    whiten: Whiten = Field("global", description=WHITENED)
 
 
 class GroupMean(Section):
@@ -41,7 +40,7 @@ class GroupMean(Section):
 
     kind: Literal["group_mean"]
     std: bool = Field(True, description="divide by the group's standard deviation")
-    whiten: Whiten = "off"
+    whiten: Whiten = Field("off", description=WHITENED)
 
 
 class Rloo(Section):
@@ -50,7 +49,7 @@ class Rloo(Section):
     """
 
     kind: Literal["rloo"]
-    whiten: Whiten = "off"
+    whiten: Whiten = Field("off", description=WHITENED)
 
 
 class ReinforcePlusPlus(Section):
@@ -59,8 +58,8 @@ class ReinforcePlusPlus(Section):
     """
 
     kind: Literal["reinforce_pp"]
-    gamma: float = Field(1.0, ge=0, le=1)
-    whiten: Whiten = "global"
+    gamma: float = Field(1.0, ge=0, le=1, description="discount γ of a token")
+    whiten: Whiten = Field("global", description=WHITENED)
 
 
 AnyAdvantage = Annotated[
@@ -81,7 +80,7 @@ class AdaptiveKl(Section):
     """
 
     kind: Literal["adaptive"]
-    target: float = Field(gt=0)
+    target: float = Field(gt=0, description="the KL that is wanted, in nats a response")
     horizon: float = Field(gt=0, description="in responses; larger is slower")
 
 
@@ -90,13 +89,16 @@ AnyController = Annotated[
 ]
 
 
+ESTIMATED = "of a token, l being log π_ref − log π: −l, l²/2, exp(l) − 1 − l"
+
+
 class KlInReward(Section):
     """KL to the reference taken off each token's reward."""
 
     kind: Literal["reward"] = "reward"
     coef: float = Field(0.01, ge=0, description="β of the KL penalty")
-    estimator: Literal["k1", "k2", "k3"] = "k1"
-    controller: AnyController = FixedKl()
+    estimator: Literal["k1", "k2", "k3"] = Field("k1", description=ESTIMATED)
+    controller: AnyController = Field(FixedKl(), description="what the coefficient does")
 
 
 class KlInLoss(Section):
@@ -106,8 +108,8 @@ class KlInLoss(Section):
 
     kind: Literal["loss"]
     coef: float = Field(0.01, ge=0, description="β of the KL term")
-    estimator: Literal["k1", "k2", "k3"] = "k2"
-    controller: AnyController = FixedKl()
+    estimator: Literal["k1", "k2", "k3"] = Field("k2", description=ESTIMATED)
+    controller: AnyController = Field(FixedKl(), description="what the coefficient does")
 
 
 def _bare_kl(value: Any) -> Any:
@@ -129,8 +131,10 @@ class Clip(Section):
     number for both. Another `high` is DAPO's clip-higher (Yu et al. 2025, arXiv:2503.14476).
     """
 
-    low: float = Field(0.2, gt=0, lt=1)
-    high: float = Field(0.2, gt=0)
+    low: float = Field(0.2, gt=0, lt=1, description="the ratio is at least 1 − low")
+    high: float = Field(
+        0.2, gt=0, description="the ratio is at most 1 + high (above low: DAPO's clip-higher)"
+    )
     dual: float | None = Field(
         None, gt=1, description="with a negative advantage A the loss is at most −dual·A"
     )
@@ -197,10 +201,14 @@ class Algorithm(Section):
     arXiv:1707.06347, eq. 7 for the clipped objective).
     """
 
-    advantage: AnyAdvantage = Gae()
+    advantage: AnyAdvantage = Field(
+        Gae(), description="how rewards become advantages; `gae` alone has a critic"
+    )
     kl: AnyKl = Field(KlInReward(), description="in the `reward` or in the `loss`; a number is β")
     reward: RewardShaping = RewardShaping()
-    truncated: AnyTruncated = Truncated()
+    truncated: AnyTruncated = Field(
+        Truncated(), description="what becomes of a response that the token limit cut"
+    )
     correction: Annotated[Correction, BeforeValidator(bare_kind)] = Correction()
     old_logprobs: Literal["auto", "behaviour", "recompute"] = Field(
         "auto",
@@ -239,11 +247,18 @@ class Algorithm(Section):
 
 
 class Shares(Section):
-    """Parts of a step's prompts by origin; they are scaled to sum to one."""
+    """Parts of a step's prompts by origin; they are scaled to sum to one. If none is given all are
+    verifiable; if any is, the others are 0.
+    """
 
-    labelled: MixScalar = Constant(value=0.0)
-    verifiable: MixScalar = Constant(value=0.0)
-    unlabelled: MixScalar = Constant(value=0.0)
+    labelled: MixScalar = Field(
+        Constant(value=0.0), description="share of prompts with a response to imitate"
+    )
+    verifiable: MixScalar = Field(
+        Constant(value=0.0),
+        description="share of prompts that a checker can judge; 0 once another share is given",
+    )
+    unlabelled: MixScalar = Field(Constant(value=0.0), description="share of prompts with neither")
 
 
 class Complement(Section):

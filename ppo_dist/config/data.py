@@ -24,10 +24,10 @@ class FromScratch(Section):
     own data.
     """
 
-    layers: int = Field(4, ge=1)
-    hidden: int = Field(192, ge=1)
-    heads: int = Field(6, ge=1)
-    context: int = Field(128, ge=8)
+    layers: int = Field(4, ge=1, description="transformer blocks")
+    hidden: int = Field(192, ge=1, description="width; a multiple of heads")
+    heads: int = Field(6, ge=1, description="attention heads")
+    context: int = Field(128, ge=8, description="longest sequence, in tokens")
 
     @model_validator(mode="after")
     def _divides(self) -> FromScratch:
@@ -39,7 +39,7 @@ class FromScratch(Section):
 class Lora(Section):
     """Low-rank adapters in place of the policy's own weights (Hu et al. 2021, arXiv:2106.09685)."""
 
-    rank: int = Field(16, ge=1)
+    rank: int = Field(16, ge=1, description="rank of an adapter's two matrices")
     alpha: float = Field(32.0, gt=0, description="adapters are scaled by alpha / rank")
     targets: Literal["all-linear"] | list[str] = Field(
         "all-linear", description="names of the linear layers that get one; all but the output head"
@@ -100,9 +100,9 @@ class Critic(Section):
 class Columns(Section):
     """Names of the columns of a file; `prompt` may hold a string or a list of chat messages."""
 
-    prompt: str = "prompt"
-    response: str = "response"
-    answer: str = "answer"
+    prompt: str = Field("prompt", description="column of the prompt: a text, or chat messages")
+    response: str = Field("response", description="column of the response to imitate")
+    answer: str = Field("answer", description="column of what a checker compares with")
 
 
 class Shaping(Section):
@@ -125,7 +125,7 @@ class FileSource(Shaping):
     """A .jsonl, .json or .parquet file."""
 
     kind: Literal["file"] = "file"
-    path: FilePath
+    path: FilePath = Field(description="the file")
     columns: Columns = Columns()
 
 
@@ -133,9 +133,9 @@ class HubSource(Shaping):
     """A Hugging Face dataset: a hub name, or a folder written by `save_to_disk`."""
 
     kind: Literal["huggingface"]
-    path: FilePath
-    name: str | None = None
-    split: str = "train"
+    path: FilePath = Field(description="hub name, or folder")
+    name: str | None = Field(None, description="configuration of a data set that has several")
+    split: str = Field("train", description="its split")
     columns: Columns = Columns()
 
 
@@ -145,11 +145,11 @@ class GymSource(Shaping):
     """
 
     kind: Literal["reasoning_gym"]
-    task: str
-    size: int = Field(ge=1)
-    seed: int = Field(0, ge=0)
-    split: Literal["train", "held_out"]
-    options: dict[str, Any] = Field(default_factory=dict, description="the task's own settings")
+    task: str = Field(description="name of the reasoning-gym task")
+    size: int = Field(ge=1, description="so many different questions")
+    seed: int = Field(0, ge=0, description="other seeds give other questions")
+    split: Literal["train", "held_out"] = Field(description="which part of all its questions")
+    options: dict[str, Any] = Field({}, description="the task's own settings")
 
 
 AnySource = Annotated[FileSource | HubSource | GymSource, Field(discriminator="kind")]
@@ -176,7 +176,7 @@ class Data(Section):
     chat: bool = Field(
         False, description="put a prompt that is a plain string into the tokenizer's chat template"
     )
-    max_prompt_tokens: int = Field(1024, ge=1)
+    max_prompt_tokens: int = Field(1024, ge=1, description="longest prompt that is taken as it is")
     overlong: Literal["drop", "truncate", "error"] = Field(
         "drop",
         description="what happens to a longer prompt; truncation keeps its end; both are counted",

@@ -97,6 +97,8 @@ def merged(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
     made = dict(base)
     for key, value in top.items():
         below = base.get(key)
+        if isinstance(below, str) and below.isidentifier():  # a bare kind; files have a suffix
+            below = {"kind": below}
         made[key] = value
         if isinstance(below, dict) and isinstance(value, dict):
             names = ("kind", "task")

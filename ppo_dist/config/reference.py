@@ -7,14 +7,20 @@ from collections.abc import Iterator
 from typing import Any
 
 from ppo_dist.config import Config
+from ppo_dist.config.study import Study
 
 Schema = dict[str, Any]
 HEAD = """# Config reference
 
 Every key of a run's config, what is allowed, and its default. On the command line `key=value` after
 the config's name overrides one: `ppo-dist train mine.yaml learner.lr=2e-6`. What has a `kind` may
-be given as the bare kind where its other keys have defaults (`optimizer: sgd`), and a schedule as a
-bare number. Made by `python -m ppo_dist.config.reference`; a test compares.
+be given as the bare kind where its other keys have defaults (`optimizer: sgd`), a schedule as a
+bare number, and a file of data as its bare path.
+
+`base: other.yaml`, relative to the file that says so, begins with another config: only what differs
+is written. A part of another kind replaces the other's whole section.
+
+Made by `python -m ppo_dist.config.reference`; a test compares.
 """
 BOUNDS = {
     "minimum": "≥ {}",
@@ -26,13 +32,14 @@ BOUNDS = {
 
 def reference() -> str:
     """All sections, and then what may stand where a `kind` is chosen."""
-    schema = Config.model_json_schema()
-    definitions, chosen = schema["$defs"], dict[str, Schema]()
+    schema, study = Config.model_json_schema(), Study.model_json_schema()
+    definitions, chosen = study["$defs"] | schema["$defs"], dict[str, Schema]()
     parts = [HEAD]
     for name, key in schema["properties"].items():
         section = _resolved(key.get("anyOf", [key])[0], definitions)  # the second one is null
         words = section.get("description", "") or key.get("description", "")
         parts.append(_table(f"## {name}", words, _rows(section, definitions, "", chosen)))
+    parts.append(_table("## A study", study["description"], _rows(study, definitions, "", chosen)))
     parts.append("## Kinds\n")
     done: set[str] = set()
     while left := sorted(chosen.keys() - done):
@@ -60,7 +67,12 @@ def _rows(section: Schema, definitions: Schema, prefix: str, chosen: Schema) -> 
             continue
         inner = _resolved(key, definitions)
         if "properties" in inner and "oneOf" not in key and "anyOf" not in key:
-            yield from _rows(inner, definitions, f"{prefix}{name}.", chosen)
+            given = key.get("default", {})  # the section that holds it has its say
+            own = {
+                n: {**k, "default": given[n]} if n in given else k
+                for n, k in inner["properties"].items()
+            }
+            yield from _rows({"properties": own}, definitions, f"{prefix}{name}.", chosen)
             continue
         default = f"`{_value(key['default'])}`" if "default" in key else "*none: must be given*"
         words = " ".join(key.get("description", inner.get("description", "")).split())
@@ -85,6 +97,9 @@ def _allowed(key: Schema, definitions: Schema, chosen: Schema) -> Iterator[str]:
         items = inner.get("prefixItems") or [inner.get("items", {})]
         each = [" or ".join(_allowed(item, definitions, chosen)) for item in items]
         yield f"list of {', '.join(each)}"
+    elif "patternProperties" in inner:
+        (values,) = inner["patternProperties"].values()
+        yield f"mapping of names to {' or '.join(_allowed(values, definitions, chosen))}"
     elif "type" in inner:
         bounds = [words.format(inner[bound]) for bound, words in BOUNDS.items() if bound in inner]
         yield " ".join([inner["type"].replace("object", "mapping"), ", ".join(bounds)]).strip()

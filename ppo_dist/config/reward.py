@@ -30,7 +30,7 @@ class FunctionOf(Section):
 
     kind: Literal["function"]
     path: FilePath = Field(description="the Python file; it is run")
-    name: str
+    name: str = Field(description="the function in it")
 
 
 AnyExtract = Annotated[
@@ -39,14 +39,17 @@ AnyExtract = Annotated[
 ]
 
 
+EXTRACTED = "what the answer of a response is"
+
+
 class ExactReward(Section):
     """1 if the extracted text equals the answer (white space at both ends aside), or what is
     extracted from that, else 0.
     """
 
     kind: Literal["exact"]
-    extract: AnyExtract = Extract()
-    ignore_case: bool = False
+    extract: AnyExtract = Field(Extract(), description=EXTRACTED)
+    ignore_case: bool = Field(False, description="capital letters are as good as small ones")
 
 
 class NumericReward(Section):
@@ -55,15 +58,15 @@ class NumericReward(Section):
     """
 
     kind: Literal["numeric"]
-    extract: AnyExtract = Extract(kind="last_number")
-    tolerance: float = Field(1e-6, ge=0)
+    extract: AnyExtract = Field(Extract(kind="last_number"), description=EXTRACTED)
+    tolerance: float = Field(1e-6, ge=0, description="largest difference that counts as none")
 
 
 class RegexReward(Section):
     """1 if `pattern` is found in the response, else 0. Sees no answer."""
 
     kind: Literal["regex"]
-    pattern: str
+    pattern: str = Field(description="a regular expression of Python's")
 
 
 class VoteReward(Section):
@@ -73,7 +76,7 @@ class VoteReward(Section):
     """
 
     kind: Literal["vote"]
-    extract: AnyExtract = Extract()
+    extract: AnyExtract = Field(Extract(), description=EXTRACTED)
     leave_one_out: bool = Field(
         False, description="compare each response with the majority of the others"
     )
@@ -85,8 +88,8 @@ class GymReward(Section):
     """
 
     kind: Literal["reasoning_gym"]
-    extract: AnyExtract = Extract()
-    strict: bool = True
+    extract: AnyExtract = Field(Extract(), description=EXTRACTED)
+    strict: bool = Field(True, description="a partial score counts as 0")
 
 
 class MathReward(Section):
@@ -102,8 +105,8 @@ class FunctionReward(Section):
 
     kind: Literal["function"]
     path: FilePath = Field(description="the Python file; it is run")
-    name: str
-    needs_answer: bool = True
+    name: str = Field(description="the function in it")
+    needs_answer: bool = Field(True, description="false: rows need no answer")
 
 
 class ModelReward(Section):
@@ -113,7 +116,7 @@ class ModelReward(Section):
 
     kind: Literal["model"]
     path: FilePath = Field(description="Hugging Face folder, or a name on the hub")
-    dtype: Literal["fp32", "bf16"] = "fp32"
+    dtype: Literal["fp32", "bf16"] = Field("fp32", description="number format of its weights")
     batch_tokens: int = Field(8192, ge=1, description="tokens read in one forward pass")
     workers: int = Field(1, ge=1, description="processes that have the model")
     threads: int = Field(1, ge=1, description="CPU threads of a worker")
@@ -198,7 +201,7 @@ class WeightedReward(Section):
     """Sum of `weight · reward` over `parts`."""
 
     kind: Literal["weighted"]
-    parts: list[WeightedPart] = Field(min_length=1)
+    parts: list[WeightedPart] = Field(min_length=1, description="what is added up")
 
 
 AnyReward = Annotated[
@@ -222,8 +225,8 @@ AnyReward = Annotated[
 class WeightedPart(Section):
     """A source of rewards within a weighted sum."""
 
-    weight: float
-    reward: AnyReward
+    weight: float = Field(description="what its reward is multiplied by")
+    reward: AnyReward = Field(description="any kind of reward")
 
 
 class Reward(Section):

@@ -37,8 +37,8 @@ class TrajectoryGate(Section):
         2, ge=2, description="windows before any prompt is admitted; until then labels teach alone"
     )
     length: int = Field(16, ge=2, description="windows that a history goes back")
-    top: float = Field(0.1, ge=0, le=1)
-    threshold: float = Field(0.4, ge=-1, le=1)
+    top: float = Field(0.1, ge=0, le=1, description="share of a step's prompts that counts anyway")
+    threshold: float = Field(0.4, ge=-1, le=1, description="mean cosine from which on one counts")
 
 
 AnyGate = Annotated[
@@ -69,9 +69,11 @@ class PseudoLabels(Section):
 class Check(Section):
     """What the guard does when a number passes its limit, so many times in a row."""
 
-    limit: float
-    action: Literal["warn", "raise_mu", "freeze", "roll_back", "stop"] = "warn"
-    patience: int = Field(1, ge=1)
+    limit: float = Field(description="the number that must not be passed")
+    action: Literal["warn", "raise_mu", "freeze", "roll_back", "stop"] = Field(
+        "warn", description="what the guard does then"
+    )
+    patience: int = Field(1, ge=1, description="so many times in a row it must be passed")
 
 
 class Guard(Section):

@@ -30,15 +30,17 @@ class Study(Section):
 
     dir: FilePath = Field(description="where finished cells, table and figure are kept")
     pool: int = Field(ge=1, description="prompts that could be labelled")
-    seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
-    methods: dict[Name, Method] = Field(min_length=1)
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(
+        min_length=1, description="each a pool of its own, and a run of every method"
+    )
+    methods: dict[Name, Method] = Field(min_length=1, description="by name, what is compared")
     tasks: dict[Name, dict[str, Any]] = Field(
         min_length=1, description="by name, what a task changes in the base of all methods"
     )
     cluster: Cluster = Cluster()
     cpus: float = Field(1, gt=0, description="CPUs that a cell reserves in the cluster")
-    wandb: WandbMode = "off"
-    project: str = "ppo_dist"
+    wandb: WandbMode = Field("off", description="as tracking.wandb, of each cell")
+    project: str = Field("ppo_dist", description="W&B project")
 
     @model_validator(mode="after")
     def _budgets(self) -> Study:

@@ -50,13 +50,15 @@ AnyEngine = Annotated[
 class RolloutSection(Section):
     """The workers that generate: how many, with which engine, and how they sample."""
 
-    engine: AnyEngine = HfEngine()
-    workers: int = Field(1, ge=1)
+    engine: AnyEngine = Field(HfEngine(), description="what generates")
+    workers: int = Field(1, ge=1, description="processes that generate")
     threads: int = Field(1, ge=1, description="CPU threads of a worker")
     cpus: float = Field(1, ge=0, description="CPUs that a worker reserves in the cluster")
     group_size: int = Field(1, ge=1, description="responses to each prompt")
-    max_new_tokens: int = Field(64, ge=1)
-    temperature: float = Field(1.0, gt=0)
+    max_new_tokens: int = Field(64, ge=1, description="longest response, in tokens")
+    temperature: float = Field(
+        1.0, gt=0, description="divides logits, in rollouts and in the losses of reinforcement"
+    )
     chunk: int = Field(
         64,
         ge=1,
@@ -93,16 +95,16 @@ class AdamW(Section):
     """Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2; torch's fused one."""
 
     kind: Literal["adamw"] = "adamw"
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
+    betas: tuple[float, float] = Field((0.9, 0.95), description="decay of the two moments")
+    eps: float = Field(1e-8, gt=0, description="added to the denominator")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled; of matrices and vectors alike")
 
 
 class Sgd(Section):
     """Plain gradient descent, with momentum if asked for."""
 
     kind: Literal["sgd"]
-    momentum: float = Field(0.0, ge=0)
+    momentum: float = Field(0.0, ge=0, description="share of the last step in the next")
 
 
 AnyOptimizer = Annotated[
@@ -113,24 +115,28 @@ AnyOptimizer = Annotated[
 class LearnerSection(Section):
     """The workers that learn: how many, in which precision, and how they step."""
 
-    workers: int = Field(1, ge=1)
+    workers: int = Field(1, ge=1, description="processes that learn, with a GPU each")
     threads: int = Field(1, ge=1, description="CPU threads of a worker")
     cpus: float = Field(1, ge=0, description="CPUs that a worker reserves in the cluster")
     zero_stage: Literal[0, 1, 2, 3] = Field(
         1, description="in bf16 1 is run as 2, for sums of gradients in fp32"
     )
-    dtype: Literal["fp32", "bf16"] = "fp32"
+    dtype: Literal["fp32", "bf16"] = Field(
+        "fp32", description="number format of weights in passes; the optimizer's own are fp32"
+    )
     offload: Literal["none", "cpu"] = Field("none", description="where the optimizer's state lives")
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = Field(
+        False, description="compute activations again in backward: less memory, more time"
+    )
     micro_batch_tokens: int = Field(
         4096, ge=1, description="tokens packed into one forward pass (one longer sequence may pass)"
     )
     logits_chunk: int = Field(
         1024, ge=1, description="response positions whose logits exist at one time"
     )
-    optimizer: AnyOptimizer = AdamW()
-    lr: Scalar = Constant(value=1e-5)
-    critic_lr: Scalar = Constant(value=1e-5)
+    optimizer: AnyOptimizer = Field(AdamW(), description="of policy and critic")
+    lr: Scalar = Field(Constant(value=1e-5), description="learning rate of the policy")
+    critic_lr: Scalar = Field(Constant(value=1e-5), description="learning rate of the critic")
     max_grad_norm: float = Field(
         1.0, ge=0, description="the policy's gradients are clipped to this norm; 0: not at all"
     )
@@ -249,7 +255,7 @@ class Tracking(Section):
     """What is told to Weights & Biases."""
 
     wandb: WandbMode = Field("auto", description="auto: online with a key, else offline")
-    project: str = "ppo_dist"
+    project: str = Field("ppo_dist", description="W&B project")
     tags: tuple[Annotated[str, Field(min_length=1, max_length=64)], ...] = Field(
         (), description="of the W&B run"
     )

@@ -12,6 +12,7 @@ from ppo_dist.config.algorithm import Clip, KlInReward
 from ppo_dist.config.base import Constant, Linear
 from ppo_dist.config.combinations import impossible
 from ppo_dist.config.load import dump, load
+from ppo_dist.config.load import merged as on_top_of
 
 MINIMAL = {
     "run": {"dir": "out"},
@@ -224,6 +225,20 @@ def test_an_override_turns_a_bare_kind_into_a_section(read) -> None:
     assert config.reward.verifiable.kind == "reasoning_gym"
     assert config.reward.verifiable.strict is False
     assert config.reward.verifiable.extract.kind == "first_line"
+
+
+def test_a_bare_kind_of_the_base_becomes_a_section_too() -> None:
+    base = {"transport": "collective", "data": {"labelled": "a.jsonl"}}
+    top = {"transport": {"deadline_s": 5}, "data": {"labelled": {"path": "b.jsonl"}}}
+    assert on_top_of(base, top) == {
+        "transport": {"kind": "collective", "deadline_s": 5},
+        "data": {"labelled": {"path": "b.jsonl"}},
+    }
+
+
+def test_transport_and_cluster_may_be_bare_kinds(read) -> None:
+    config = read({"transport": "disk", "cluster": "local"})
+    assert (config.transport.kind, config.cluster.kind) == ("disk", "local")
 
 
 @pytest.mark.parametrize("override", ["train.steps", "=3", "train..steps=3", ".steps=3"])

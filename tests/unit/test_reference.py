@@ -31,6 +31,18 @@ def test_it_has_every_key_and_every_kind() -> None:
                 assert f"`{name}`" in page or f".{name}`" in page or f"`{name}." in page, name
 
 
+def test_a_default_is_that_of_the_section_which_holds_it() -> None:
+    """Shares are 0, but Mix has one of 1."""
+    rows = {
+        line.split("|")[1].strip(): line.split("|")
+        for line in reference().splitlines()
+        if "|" in line
+    }
+    assert rows["`shares.verifiable`"][3].strip() == "`1`"
+    assert rows["`shares.labelled`"][3].strip() == "`0`"
+    assert rows["`options`"][3].strip() == "`{}`" and "must" in rows["`task`"][3]
+
+
 def test_the_page_of_metrics_is_of_these_rows(tmp_path: Path) -> None:
     page = (ROOT / "docs/metrics.md").read_text(encoding="utf-8")
     assert page == metrics(), "python -m ppo_dist.tracking.reference > docs/metrics.md"
