@@ -1,4 +1,4 @@
-"""The seams of the system: what a user can replace. Each has at most four methods and lives apart
+"""The seams of the system: what a user can replace. Each has at most five methods and lives apart
 from its parts.
 """
 

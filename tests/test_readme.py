@@ -12,6 +12,7 @@ import yaml
 
 from ppo_dist.config import Config
 from ppo_dist.config.load import load, merged
+from ppo_dist.run import FIXED
 from ppo_dist.tracking.local import read_rows
 from ppo_dist.tracking.metrics import keys
 from tests.conftest import raw_config
@@ -81,6 +82,12 @@ def test_own_data_reward_and_schedule(tmp_path: Path) -> None:
     assert (
         rows[-1]["sup/tokens"] > 0 and rows[-1]["eval/held_out/nll"] < rows[0]["eval/held_out/nll"]
     )
+
+
+def test_it_says_what_may_not_change_on_the_way() -> None:
+    words = README.split("`--resume` may change any key but")[1].split(". ")[0]
+    for key in FIXED:
+        assert f"`{key}`" in words, key
 
 
 def test_files_it_names_exist() -> None:
