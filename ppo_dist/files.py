@@ -8,13 +8,17 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 MANIFEST = "manifest.json"
 WRITING, OLD = ".writing", ".old"
-DISK_FAULTS = [os.strerror(n) for n in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)]
+DISK_FAULTS = [
+    os.strerror(n) for n in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE)
+]
+REFUSALS = (errno.EACCES, errno.EPERM, errno.ETIMEDOUT)  # faults where a file is named
 TORCH_WRITER = "inline_container.cc"  # all that torch says of a file that it could not write
 
 
@@ -109,14 +113,18 @@ def damage(folder: Path, is_quick: bool = False) -> str | None:
                 return f"{folder.name}: {name} is a link"
             if not path.is_dir() and name not in expected and name != MANIFEST:
                 return f"{folder.name}: {name} is not in {MANIFEST}"
-        for name, (size, digest) in expected.items():
+        for name, (size, _) in expected.items():
             if ".." in name.split("/") or name.startswith("/"):
                 return f"{folder.name}: {name} is not inside the folder"
             if name not in found or not found[name].is_file():
                 return f"{folder.name}: {name} is missing"
             if found[name].stat().st_size != size:
                 return f"{folder.name}: {name} is damaged (its size differs)"
-            if not is_quick and _digest(found[name]) != digest:
+        if is_quick:
+            return None
+        digests = _digests(found[name] for name in expected)
+        for name, (_, digest) in expected.items():
+            if next(digests) != digest:
                 return f"{folder.name}: {name} is damaged (its checksum differs)"
     except OSError as error:  # a bad sector
         return f"{folder.name}: {name} cannot be read ({error.strerror})"
@@ -125,10 +133,10 @@ def damage(folder: Path, is_quick: bool = False) -> str | None:
 
 def sums(folder: Path) -> dict[str, dict[str, Any]]:
     """Size and checksum of each file of a folder, by its name in there."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     return {
-        p.relative_to(folder).as_posix(): {"bytes": p.stat().st_size, "sha256": _digest(p)}
-        for p in sorted(folder.rglob("*"))
-        if p.is_file()
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": digest}
+        for path, digest in zip(paths, _digests(paths), strict=True)
     }
 
 
@@ -141,6 +149,9 @@ def disk_fault(error: BaseException) -> str | None:
     while following is not None and following not in causes:
         causes.append(following)
         following = following.__cause__ or following.__context__
+    for cause in causes:
+        if isinstance(cause, OSError) and cause.errno in REFUSALS and cause.filename is not None:
+            return str(cause)
     for line in (line.strip() for cause in causes for line in str(cause).splitlines()):
         if TORCH_WRITER in line:
             return "torch could not write a file"
@@ -159,6 +170,12 @@ def _seal(made: Path) -> None:
 
 def _aside(path: Path) -> Path:
     return path.with_name(f".{path.name}{WRITING}")
+
+
+def _digests(paths: Iterable[Path]) -> Iterator[str]:
+    """In their order; several files are read at a time, since one processor sums up 1 or 2 GB/s."""
+    with ThreadPoolExecutor() as threads:
+        yield from threads.map(_digest, paths)
 
 
 def _digest(path: Path) -> str:

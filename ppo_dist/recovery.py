@@ -14,12 +14,12 @@ from typing import Any
 
 from ppo_dist import files
 from ppo_dist.config import Config, InputError, RunError, WorkersLost
-from ppo_dist.coordinator.loop import Loop, Memory, Outcome
+from ppo_dist.coordinator.loop import ACCURACY, BEST, REWARD, Loop, Memory, Outcome
 from ppo_dist.coordinator.scale import Scale
 from ppo_dist.coordinator.state import Checkpoints, RunState, read_state
 from ppo_dist.journey import Encoded, Journey, remembered
 from ppo_dist.protocols import Tracker
-from ppo_dist.tracking.local import record_event
+from ppo_dist.tracking.local import read_rows, record_event
 
 
 class LostTooOften(RunError):
@@ -108,6 +108,9 @@ class Recovery:
                         f"{error} ({lost} times lost without a newer checkpoint in between)"
                     ) from error
                 time.sleep(cluster.backoff_s * 2 ** (lost - 1))
+                if interrupted():  # models take long to load, and there is nothing to save
+                    record_event(Path(config.run.dir), "interrupted", step=start.state.step)
+                    raise KeyboardInterrupt from error
             except InputError as error:
                 if lost_at is None:
                     raise
@@ -142,13 +145,28 @@ class Recovery:
         return memory
 
     def _newest(self, start: Start) -> Start:
-        """The newest whole checkpoint since a start, or that start."""
-        checkpoints = Checkpoints(Path(self.config.run.dir), self.config.train.keep_checkpoints)
-        newest, _ = checkpoints.newest_whole()
-        if newest is None:
-            return start
-        state, saved = read_state(newest, is_whole=True)
-        if state.step <= start.state.step:
-            return start
-        checkpoints.set_aside_after(state.step)
-        return Start(newest, state, saved)
+        """The newest whole checkpoint since a start, or that start. What is of later steps is set
+        aside.
+        """
+        folder, keep = Path(self.config.run.dir), self.config.train.keep_checkpoints
+        newest, _ = Checkpoints(folder, keep).newest_whole()
+        if newest is not None:
+            state, saved = read_state(newest, is_whole=True)
+            if state.step > start.state.step:
+                start = Start(newest, state, saved)
+        set_aside_after(start.state.step, folder, keep)
+        return start
+
+
+def set_aside_after(step: int, folder: Path, keep: int) -> list[str]:
+    """Renames the checkpoints of later steps, and the best policy if it is of one: the metrics
+    still have its evaluation. Returns the new names.
+    """
+    moved = Checkpoints(folder, keep).set_aside_after(step)
+    rows = [row for row in read_rows(folder / "metrics.jsonl") if row.get(ACCURACY) is not None]
+    best = max(rows, key=lambda row: (row[ACCURACY], row[REWARD]), default=None)
+    policy = folder / BEST
+    if best is not None and best["step"] > step and policy.exists():
+        files.replace(policy, folder / f"abandoned-{BEST}")
+        moved.append(f"abandoned-{BEST}")
+    return moved

@@ -17,19 +17,18 @@ from rich.console import Console
 from ppo_dist import build, files
 from ppo_dist.config import Config, InputError, RunError
 from ppo_dist.config.load import dump, read_yaml
-from ppo_dist.coordinator.loop import BEST, Loop, Outcome
+from ppo_dist.coordinator.loop import ACCURACY, Loop, Outcome
 from ppo_dist.coordinator.scale import SCALE
 from ppo_dist.coordinator.state import CHECKPOINTS, Checkpoints, RunState, read_state
 from ppo_dist.journey import encode
 from ppo_dist.learner import shards
 from ppo_dist.lock import only_run
 from ppo_dist.protocols import Tracker
-from ppo_dist.recovery import Recovery, Start
+from ppo_dist.recovery import Recovery, Start, set_aside_after
 from ppo_dist.tracking.console import Losable, Several, Terminal, summary
 from ppo_dist.tracking.local import JsonLines, read_rows, record_event
 
 CONFIG, SUMMARY = "config.yaml", "summary.json"
-ACCURACY, REWARD = "eval/held_out/accuracy", "eval/held_out/reward"
 # a run can be resumed with other values of every key but these
 FIXED = (
     "model",
@@ -175,23 +174,9 @@ def _starting_point(config: Config, folder: Path, resume: bool | Path, console: 
         Checkpoints(folder, config.train.keep_checkpoints).of_best(state)
     learners = shards.ranks(chosen / "policy")
     console.print(f"resuming from {chosen}, written by {learners} learner(s)")
-    for name in _set_aside_after(state.step, folder, config):
+    for name in set_aside_after(state.step, folder, config.train.keep_checkpoints):
         console.print(f"set aside: {name}")
     return Start(chosen, state, parts)
-
-
-def _set_aside_after(step: int, folder: Path, config: Config) -> list[str]:
-    """Renames the checkpoints of later steps, and the best policy if it is of one: the metrics
-    still have its evaluation. Returns the new names.
-    """
-    moved = Checkpoints(folder, config.train.keep_checkpoints).set_aside_after(step)
-    rows = [row for row in read_rows(folder / "metrics.jsonl") if row.get(ACCURACY) is not None]
-    best = max(rows, key=lambda row: (row[ACCURACY], row[REWARD]), default=None)
-    policy = folder / BEST
-    if best is not None and best["step"] > step and policy.exists():
-        files.replace(policy, folder / f"abandoned-{BEST}")
-        moved.append(f"abandoned-{BEST}")
-    return moved
 
 
 def _compare(before: dict[str, Any], config: Config) -> None:

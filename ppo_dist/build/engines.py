@@ -63,7 +63,7 @@ def _hf(config: Config, model_path: str, kind: DeviceKind) -> RolloutEngine:
 def _vllm(config: Config, model_path: str, kind: DeviceKind, section: VllmEngine) -> RolloutEngine:
     from transformers import AutoTokenizer
 
-    from ppo_dist.device import DTYPES
+    from ppo_dist import device
     from ppo_dist.models.policy import load_policy, stop_tokens
     from ppo_dist.rollout import vllm
     from ppo_dist.rollout.proof import prove_loading
@@ -75,6 +75,7 @@ def _vllm(config: Config, model_path: str, kind: DeviceKind, section: VllmEngine
     bucket_bytes = config.transport.bucket_mb * 2**20
     stops = stop_tokens(model_path, tokenizer)
     made = vllm.VllmEngine(llm, tokenizer, stops, bucket_bytes, kind)
-    lm = load_policy(model_path, DTYPES[dtype], trust)
+    device.prepare(kind, config.rollout.threads)  # the proof computes in this process
+    lm = load_policy(model_path, device.DTYPES[dtype], trust)
     prove_loading(made.load, made.scores, lm)
     return made

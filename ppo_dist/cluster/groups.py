@@ -13,7 +13,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ppo_dist import device
 from ppo_dist.cluster import network
-from ppo_dist.cluster.actors import cause
+from ppo_dist.cluster.actors import cause, reason
 from ppo_dist.cluster.layout import Slot
 from ppo_dist.cluster.session import Places
 from ppo_dist.config import Config, WorkersLost
@@ -70,7 +70,7 @@ class RayRanks:
         self.world = len(places.slots)
         actor = ray.remote(LearnerActor)
         self._actors = [actor.options(**place(places, s)).remote() for s in places.slots]
-        self._address, self._port = self._begun([self._actors[0].meeting_point.remote()])[0]
+        self._address, _ = self._meeting_point()
         ports = self._begun([worker.open.remote(make_sender) for worker in self._actors])
         self.sends_from: tuple[str, int | None] = self._address, ports[0]
 
@@ -87,7 +87,8 @@ class RayRanks:
     def start(self, model_path: str, resume: Path | None) -> None:
         """Has all load their models and join the group."""
         world, device = self.world, self._places.device
-        seats = [Seat(r, world, self._address, self._port, device) for r in range(world)]
+        address, port = self._meeting_point()  # the port is looked for as late as possible
+        seats = [Seat(r, world, address, port, device) for r in range(world)]
         self._begun(
             [
                 worker.start.remote(self._config, model_path, seat, resume)
@@ -97,10 +98,17 @@ class RayRanks:
 
     def call(self, method: Callable[..., R], args: Sequence[tuple[Any, ...]]) -> list[R]:
         """See Ranks."""
-        answers = [
-            _bound(a, method).remote(*rest) for a, rest in zip(self._actors, args, strict=True)
-        ]
+        try:
+            answers = [
+                _bound(a, method).remote(*rest) for a, rest in zip(self._actors, args, strict=True)
+            ]
+        except RayError as error:  # its store, and the disk beneath, take nothing more
+            raise WorkersLost(f"learners: {reason(error)}") from error
         return self._all(answers, self._config.learner.deadline_s)
+
+    def _meeting_point(self) -> tuple[str, int]:
+        found: tuple[str, int] = self._begun([self._actors[0].meeting_point.remote()])[0]
+        return found
 
     def _begun(self, answers: Sequence[ray.ObjectRef]) -> list[Any]:
         return self._all(answers, self._config.cluster.start_deadline_s)

@@ -25,6 +25,7 @@ from ppo_dist.types import Chunk, Rollout, Weights
 
 MakeEngine = Callable[[], RolloutEngine]
 MakeReceiver = Callable[[], WeightReceiver]
+Ask = Callable[[], ray.ObjectRef]  # it may fail by itself, where Ray's store is full
 
 
 class RolloutActor(RolloutWorker):
@@ -90,12 +91,14 @@ class RemoteWorker:
 
     def wait(self) -> None:
         """Waits until the actor is there. Raises WorkerError."""
-        self._tried(self._actor.__ray_ready__.remote(), self._config.cluster.start_deadline_s)
+        self._tried(
+            lambda: self._actor.__ray_ready__.remote(), self._config.cluster.start_deadline_s
+        )
 
     def probe(self, weights: Weights) -> None:
         """Takes weights from end to end without a model. Raises WorkerError."""
         limits = self._config.transport
-        self._tried(self._actor.probe.remote(weights, limits.half_s), limits.deadline_s)
+        self._tried(lambda: self._actor.probe.remote(weights, limits.half_s), limits.deadline_s)
 
     def start(self, anew: bool = False) -> None:
         """See Worker."""
@@ -117,19 +120,19 @@ class RemoteWorker:
         limits = self._config.transport
         receive = self._actor.receive.options(concurrency_group="weights")
         # the actor itself gives up after half of the deadline; if it does not say so, it hangs
-        self._call(receive.remote(weights, limits.half_s), limits.deadline_s)
+        self._call(lambda: receive.remote(weights, limits.half_s), limits.deadline_s)
 
     def timed(self, chunk: Chunk) -> tuple[list[Rollout], Vitals]:
         """See Worker."""
         deadline_s = self._config.rollout.deadline_s
         answer: tuple[list[Rollout], Vitals] = self._call(
-            self._actor.timed.remote(chunk), deadline_s
+            lambda: self._actor.timed.remote(chunk), deadline_s
         )
         return answer
 
     def sleep(self) -> None:
         """See Worker."""
-        self._call(self._actor.sleep.remote(), self._config.rollout.deadline_s)
+        self._call(lambda: self._actor.sleep.remote(), self._config.rollout.deadline_s)
 
     def end(self) -> None:
         """See Worker."""
@@ -138,10 +141,10 @@ class RemoteWorker:
         if self._lent is None:  # else the learners are there too
             self._places.give_back(self._slot)
 
-    def _tried(self, answer: ray.ObjectRef, deadline_s: float) -> None:
+    def _tried(self, ask: Ask, deadline_s: float) -> None:
         """One that says what is wrong is not lost: another in its place would say so too."""
         try:
-            self._call(answer, deadline_s)
+            self._call(ask, deadline_s)
         except WorkerError as error:
             why = error.__cause__
             has_told = isinstance(why, RayTaskError) or (
@@ -149,9 +152,9 @@ class RemoteWorker:
             )
             raise WorkerError(str(error), error.is_lost and not has_told) from why
 
-    def _call(self, answer: ray.ObjectRef, deadline_s: float) -> Any:
+    def _call(self, ask: Ask, deadline_s: float) -> Any:
         try:
-            return ray.get(answer, timeout=deadline_s)
+            return ray.get(ask(), timeout=deadline_s)
         except WeightsError as error:
             raise WorkerError(str(getattr(error, "cause", error))) from None
         except RayError as error:  # if it lives, its engine may be dead or half loaded

@@ -135,7 +135,7 @@ def reserved(config: Config, wanted: Layout) -> Iterator[tuple[Places, Places, l
     made: dict[int, tuple[PlacementGroup, int]] = {}
     try:
         _reserve(config.cluster, wanted, made)
-        node_of = {number: _node(*place) for number, place in made.items()}
+        node_of = _nodes(made, [slot.bundle for slot in wanted.learners])
         learners = sorted(wanted.learners, key=lambda slot: node_of[slot.bundle])
         yield (
             Places(made, tuple(learners), wanted.device),
@@ -177,6 +177,12 @@ def _lacking(wanted: Layout, reserved: Sequence[int]) -> str:
     return difference(wanted.bundles, found) or "what is free is spread over too many nodes"
 
 
-def _node(group: PlacementGroup, index: int) -> str:
-    node: str = placement_group_table(group)["bundles_to_node_id"][index]
-    return node
+def _nodes(
+    made: Mapping[int, tuple[PlacementGroup, int]], bundles: Sequence[int]
+) -> dict[int, str]:
+    """The node of each bundle. A group is asked for once: it tells of all its bundles."""
+    groups = {made[number][0].id: made[number][0] for number in bundles}
+    of_group = {
+        name: placement_group_table(group)["bundles_to_node_id"] for name, group in groups.items()
+    }
+    return {number: of_group[made[number][0].id][made[number][1]] for number in bundles}

@@ -34,6 +34,7 @@ from ppo_dist.types import MixPlan, Rollout, Sampling, TrainSequence
 
 PUBLISH_ATTEMPTS = 3
 BEST = "policy-best"  # in a run folder
+ACCURACY, REWARD = "eval/held_out/accuracy", "eval/held_out/reward"  # in a row: what best is
 Outcome = Literal["done", "interrupted", "stopped", "roll_back", "rescale"]
 
 
@@ -256,7 +257,7 @@ class Loop:
         row: Row = {}
         if self._parts.held_out is not None:
             row |= self._evaluated(self._parts.held_out, watch)
-            accuracy, reward = row["eval/held_out/accuracy"], row["eval/held_out/reward"]
+            accuracy, reward = row[ACCURACY], row[REWARD]
             if self.state.is_beaten_by(accuracy, reward):
                 self.state = self.state.with_best(accuracy, reward)
                 self._parts.learners.save(policy=self._folder / BEST)

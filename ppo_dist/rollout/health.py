@@ -18,6 +18,8 @@ from ppo_dist.config.workers import Cluster
 
 State = Literal["starting", "stale", "healthy", "suspect", "dead"]
 
+HOPELESS = 3  # failures in a row, after which a new process takes a worker's place
+
 FOLLOWS: dict[State, set[State]] = {
     "starting": {"stale", "healthy", "dead"},
     "stale": {"healthy", "suspect", "dead"},
@@ -33,8 +35,8 @@ class Life:
     `healthy` with some versions, it failed and is `suspect`, or it is `dead`.
 
     `starts` counts its processes before this one, so that late news of an earlier one can be told
-    from news of this. One that `joins` was added while others were at work; one that `is_out` is
-    dead for good.
+    from news of this. `failures` counts those since it last received a version whole. One that
+    `joins` was added while others were at work; one that `is_out` is dead for good.
 
     Example: Life(state="healthy", versions=frozenset({6, 7}), starts=1, is_out=False)
     """
@@ -42,6 +44,7 @@ class Life:
     state: State = "starting"
     versions: frozenset[int] = frozenset()
     starts: int = 0
+    failures: int = 0
     is_out: bool = False
     joins: bool = False
 
@@ -67,12 +70,17 @@ class Life:
         """Whether nothing is being started in its place."""
         return self.is_out or self.state not in ("starting", "dead")
 
+    @property
+    def is_hopeless(self) -> bool:
+        """Whether one more failure is too much: all would wait for it with every version."""
+        return self.failures + 1 >= HOPELESS
+
     def received(self, version: int, kept: Container[int] = ()) -> Life:
         """After a version came whole; of the earlier ones those in `kept` stay."""
         versions = frozenset({version, *(v for v in self.versions if v in kept)})
         if self.state == "starting":
             return replace(self, versions=versions)
-        return self._become("healthy", versions)
+        return replace(self._become("healthy", versions), failures=0)
 
     def taken(self, version: int) -> Life:
         """Before it generates with a version: loading it drops those that are older, and one that
@@ -89,7 +97,7 @@ class Life:
         """After it did not do what it was told, though its process may be all right."""
         if self.state == "starting":
             return replace(self, versions=frozenset())
-        return self._become("suspect")
+        return replace(self._become("suspect"), failures=self.failures + 1)
 
     def lost(self, for_good: bool = False) -> Life:
         """After its process ended, or hung."""
@@ -102,7 +110,7 @@ class Life:
 
     def restarted(self) -> Life:
         """With a new process in the place of a dead one."""
-        return replace(self._become("starting"), starts=self.starts + 1)
+        return replace(self._become("starting"), starts=self.starts + 1, failures=0)
 
     def _become(self, state: State, versions: frozenset[int] = frozenset()) -> Life:
         if self.is_out or state not in FOLLOWS[self.state]:

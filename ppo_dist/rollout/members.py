@@ -144,7 +144,7 @@ class Members:
         with self.changed:
             if not member.still_leads(life):
                 return  # somebody else has seen it too
-            lost = error.is_lost
+            lost = error.is_lost or member.life.is_hopeless
             member.life = member.life.lost(error.is_final) if lost else member.life.failed()
             member.turn = 0 if lost else member.turn
             self.last_reason = str(error)

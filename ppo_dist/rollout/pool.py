@@ -124,10 +124,17 @@ class Pool:
         return {number: told.get(number, Vitals()) for number in left}
 
     def close(self) -> None:
-        """Lets go of what waits."""
+        """Ends all workers, and what waits for them: a thread that is left would keep the process
+        from ending until its worker's deadline.
+        """
         self._members.close()
-        self._threads.shutdown(wait=False, cancel_futures=True)
-        self._senders.shutdown(wait=False, cancel_futures=True)
+        for executor in (self._threads, self._senders):
+            executor.shutdown(wait=False, cancel_futures=True)
+        for member in self._members.all:
+            if not member.life.is_out:
+                member.worker.end()
+        for executor in (self._threads, self._senders):
+            executor.shutdown()
 
     def _executors(self, workers: int) -> tuple[ThreadPoolExecutor, ThreadPoolExecutor]:
         generate = ThreadPoolExecutor(workers, "generate", self._prepare)

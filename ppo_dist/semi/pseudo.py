@@ -55,7 +55,8 @@ class PseudoBuffer:
             if group[0].rollout.prompt.origin in self._section.origins:
                 best = self._best(group)
                 if best is not None:
-                    self._put(Entry(uid, best.text, best.tokens_R, step))
+                    # a copy: what comes from a worker may be a view of all that came with it
+                    self._put(Entry(uid, best.text, best.tokens_R.copy(), step))
                     taken += 1
         self.expire(step)
         return taken

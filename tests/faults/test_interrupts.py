@@ -71,7 +71,14 @@ def test_a_signal_in_any_phase(
         assert step is None or rows[-1]["step"] == step
     assert read_rows(tmp_path / "events.jsonl")[-1]["event"] == "interrupted"
     assert run(made, resume=True) == 0
+    assert resumed_at(tmp_path) == ([] if newest is None else [rows[-1]["step"]])
     assert numbers(tmp_path) == numbers(whole)
+
+
+def resumed_at(folder: Path) -> list[int]:
+    """Steps that a run has gone on from."""
+    path = folder / "events.jsonl"
+    return [e["step"] for e in read_rows(path) if e["event"] == "resumed"] if path.exists() else []
 
 
 CHILD = """
@@ -97,16 +104,17 @@ from ppo_dist.cli import main
 dies(*moment)
 sys.exit(main(command))
 """
-# (module, class, method, its call, whether right after it): calls count from 1
-DEATHS: dict[str, tuple[str, str | None, str, int, bool]] = {
-    "in a step": ("ppo_dist.learner.worker", "LearnerWorker", "update", 3, False),
-    "within the shards": ("ppo_dist.learner.engine", "ZeroEngine", "save", 4, True),
-    "before the manifest": ("ppo_dist.files", None, "_seal", 2, False),
-    "before its name": ("ppo_dist.files", None, "_seal", 2, True),
-    "before a removal": ("ppo_dist.files", None, "remove", 1, False),
-    "within a removal": ("shutil", None, "rmtree", 2, False),
-    "before the row": ("ppo_dist.tracking.local", "JsonLines", "log", 3, False),
-    "in the final policy": ("ppo_dist.run", None, "_finish", 1, False),
+# (module, class, method, its call, whether right after it), and the step that the run goes on from;
+# calls count from 1
+DEATHS: dict[str, tuple[tuple[str, str | None, str, int, bool], int]] = {
+    "in a step": (("ppo_dist.learner.worker", "LearnerWorker", "update", 3, False), 2),
+    "within the shards": (("ppo_dist.learner.engine", "ZeroEngine", "save", 4, True), 1),
+    "before the manifest": (("ppo_dist.files", None, "_seal", 2, False), 1),
+    "before its name": (("ppo_dist.files", None, "_seal", 2, True), 1),
+    "before a removal": (("ppo_dist.files", None, "remove", 1, False), 2),
+    "within a removal": (("shutil", None, "rmtree", 2, False), 2),
+    "before the row": (("ppo_dist.tracking.local", "JsonLines", "log", 3, False), 1),
+    "in the final policy": (("ppo_dist.run", None, "_finish", 1, False), STEPS),
 }
 
 
@@ -130,13 +138,15 @@ def written(folder: Path, **sections: Any) -> Path:
 def test_a_sudden_end(uninterrupted: Path, tmp_path: Path, death: str) -> None:
     folder = tmp_path / "run"
     path = written(folder)
-    code = CHILD.replace("MOMENT", repr((*DEATHS[death], ["train", str(path)])))
+    moment, step = DEATHS[death]
+    code = CHILD.replace("MOMENT", repr((*moment, ["train", str(path)])))
     killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     command = [sys.executable, "-m", "ppo_dist", "train", str(path), "--resume"]
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     assert "skipped a checkpoint" not in again.stdout
+    assert resumed_at(folder) == [step], "no more is lost than the work since the last checkpoint"
     assert numbers(folder) == numbers(uninterrupted)
     hidden = {p.name for p in folder.rglob(".*")}
     assert hidden == {".lock"}, "nothing half is left"
@@ -233,6 +243,7 @@ def test_no_process_outlives_a_run_on_ray(long: Path, tmp_path: Path, how: str) 
     assert subprocess.run([*command, "--resume"]).returncode == 0
     again = numbers(folder)
     assert again[-1]["step"] == steps and steps < 40
+    assert resumed_at(folder)[0] >= steps - 2, "a step, and its checkpoint"
     assert again == numbers(long)[: steps + 1]
 
 

@@ -4,6 +4,7 @@ for metric and weight for weight.
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 
 from tests.e2e.test_run import numbers
 from tests.e2e.test_semi import run, semi
+from tests.faults.test_interrupts import resumed_at
 
 pytestmark = pytest.mark.slow
 STEPS = 8
@@ -57,13 +59,20 @@ def cut_off(run: Path, folder: Path, step: int) -> None:
     """What is on disk of a run that was killed after the step's checkpoint."""
     shutil.copytree(run, folder)
     (folder / "summary.json").unlink()
+    shutil.rmtree(folder / "policy")
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        lines = (folder / name).read_text().splitlines(keepends=True)
+        (folder / name).write_text("".join(x for x in lines if json.loads(x)["step"] <= step))
     for checkpoint in (folder / "checkpoints").iterdir():
         if checkpoint.name > f"step-{step:08d}":
             shutil.rmtree(checkpoint)
 
 
-def assert_same(folder: Path, expected: Path) -> None:
+def assert_same(folder: Path, expected: Path, step: int) -> None:
+    assert resumed_at(folder) == [step]
     assert numbers(folder) == numbers(expected)
+    samples = [(f / "samples.jsonl").read_text() for f in (folder, expected)]
+    assert samples[0] == samples[1]
     one, two = (load_file(f / "policy" / "model.safetensors") for f in (folder, expected))
     assert all(one[name].equal(two[name]) for name in two)
 
@@ -87,7 +96,7 @@ def test_after_every_step(
     expected = whole(tmp_path_factory, lag)
     cut_off(expected, tmp_path / "run", step)
     assert run(everything(tmp_path / "run", lag), resume=True) == 0
-    assert_same(tmp_path / "run", expected)
+    assert_same(tmp_path / "run", expected, step)
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 1)])
@@ -106,5 +115,5 @@ def test_with_more_or_fewer_rollout_workers(
         folder = tmp_path / str(step)
         cut_off(expected, folder, step)
         assert run(everything(folder, 1, **workers(after)), resume=True) == 0
-        assert_same(folder, expected)
+        assert_same(folder, expected, step)
     assert numbers(expected) == numbers(whole(tmp_path_factory, 1)), "nor does Ray matter"

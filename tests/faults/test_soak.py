@@ -33,6 +33,7 @@ from tests.faults.test_interrupts import gone, marked
 
 pytestmark = pytest.mark.slow
 STEPS, KILLS = 500, 25
+CHECKPOINT_EVERY = 10
 RESUMES_BEFORE = 0.4  # of the run: later the driver stays, so that its memory can be looked at
 EVERY_S = 1.0
 ROLES = {
@@ -103,6 +104,7 @@ class Soak:
         ]
         self.killed: Counter[str] = Counter()
         self.resume_s: list[float] = []
+        self.lost: list[int] = []  # steps that were made again, of each driver
         self.process = self._start()
 
     def run(self, deadline_s: float) -> None:
@@ -132,6 +134,8 @@ class Soak:
         begin = time.monotonic()
         self.process = self._start("--resume")
         self._wait(lambda: self._count("resumed") == self.killed["driver"], end)
+        resumed = [event["step"] for event in self._events() if event["event"] == "resumed"]
+        self.lost.append(before - resumed[-1])
         self._wait(lambda: step_of(self.folder) > before, end)
         self.resume_s.append(time.monotonic() - begin)
 
@@ -172,7 +176,7 @@ class Soak:
 def config(folder: Path, steps: int, **sections: Any) -> Path:
     raw = raw_config(
         folder,
-        train={"steps": steps, "checkpoint_every": 10},
+        train={"steps": steps, "checkpoint_every": CHECKPOINT_EVERY},
         stream={"max_lag": 1},
         eval={"every": 0},
         **sections,
@@ -188,13 +192,29 @@ def numbers(folder: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if not k.startswith(TIMINGS)} for row in rows]
 
 
-def is_flat(seen: list[tuple[int, int]], steps: int) -> bool:
-    """Whether the median of the last quarter of the steps is at most 5 % above the one before."""
-    third, last = (
-        [value for step, value in seen if low * steps <= step < low * steps + steps / 4]
-        for low in (0.5, 0.75)
-    )
-    return statistics.median(last) <= 1.05 * statistics.median(third)
+def by_eighth(seen: list[tuple[int, int]], steps: int) -> list[int]:
+    """Medians of eighths of the run; one that a role was not seen in has none."""
+    parts: dict[int, list[int]] = defaultdict(list)
+    for step, value in seen:
+        parts[8 * step // (steps + 1)].append(value)
+    return [int(statistics.median(parts[part])) for part in sorted(parts)]
+
+
+def check_that_all_came_back(events: list[dict[str, Any]]) -> None:
+    """Whatever rollout worker failed was started anew, with all others, or the run was over."""
+    kinds = {"rollout_worker_failed", "rollout_worker_restarted", "learners_rebuilt", "resumed"}
+    away: set[str] = set()
+    for event in events:
+        assert event["event"] != "rollout_worker_left_out", event
+        match event["event"]:
+            case "rollout_worker_failed":
+                away.add(event["worker"])
+            case "rollout_worker_restarted":
+                away.discard(event["worker"])
+            case "learners_rebuilt" | "resumed":
+                away.clear()
+    last = max(at for at, event in enumerate(events) if event["event"] in kinds)
+    assert not away or events[last]["event"] == "rollout_worker_failed", (away, events[last])
 
 
 def test_soak(tmp_path: Path, pytestconfig: pytest.Config) -> None:
@@ -224,27 +244,41 @@ def test_soak(tmp_path: Path, pytestconfig: pytest.Config) -> None:
             ("learners", "learners_rebuilt"),
         )
     }
-    lost = [
-        sum(sign * e["step"] for e in events if e["event"] == name)
-        for name, sign in (("learners_lost", 1), ("learners_rebuilt", -1))
-    ]
+    lost, rebuilt = (
+        [e["step"] for e in events if e["event"] == name]
+        for name in ("learners_lost", "learners_rebuilt")
+    )
+    again = {
+        "learners": [was - now for was, now in zip(lost, rebuilt, strict=True)],
+        "driver": soak.lost,
+    }
     told = {
         "steps": steps,
         "killed": dict(soak.killed),
-        "steps made again since learners died": sum(lost),
+        "steps made again, in all and at most": {
+            kind: [sum(each), max(each)] for kind, each in again.items() if each
+        },
         "seconds to recover, median and longest": {
             kind: [round(statistics.median(s), 1), round(max(s), 1)]
             for kind, s in (*back.items(), ("driver", soak.resume_s))
             if s
         },
         "largest memory, MB": {k: max(v for _, v in s) // 10**6 for k, s in watch.memory.items()},
-        "most open files": {k: max(v for _, v in s) for k, s in watch.files.items()},
+        "memory, MB, by eighth": {
+            kind: [round(value / 1e6, 1) for value in by_eighth(seen, steps)]
+            for kind, seen in watch.memory.items()
+        },
+        "open files, by eighth": {k: by_eighth(seen, steps) for k, seen in watch.files.items()},
     }
     print(json.dumps(told, indent=1))
     assert sum(soak.killed.values()) == kills
     assert numbers(folder) == numbers(plain)
     assert all(max(back[kind]) < limit for kind, limit in BACK_S.items()), back
+    check_that_all_came_back(events)
+    assert all(max(each) <= CHECKPOINT_EVERY for each in again.values() if each), again
     assert left == [] and set(os.listdir("/dev/shm")) <= shared
     for kind in ROLES.values():
-        assert is_flat(watch.memory[kind], steps), (kind, watch.memory[kind])
-        assert is_flat(watch.files[kind], steps), (kind, watch.files[kind])
+        *_, fifth, _, _, last = by_eighth(watch.memory[kind], steps)
+        assert last <= 1.05 * fifth, f"{kind}: memory grows over the last half of the run"
+        *_, fifth, _, _, last = by_eighth(watch.files[kind], steps)
+        assert last <= fifth + 2, f"{kind}: open files grow over the last half of the run"

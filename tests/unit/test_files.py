@@ -121,6 +121,10 @@ def test_a_disk_that_is_full_is_told_in_whatever_words() -> None:
     assert files.disk_fault(hidden) == "torch could not write a file"
     assert files.disk_fault(remote) == "SafetensorError: I/O error: No space left on device"
     assert files.disk_fault(ValueError("no space")) is None
+    refused = PermissionError(errno.EACCES, "Permission denied", "/x")
+    assert files.disk_fault(refused) == "[Errno 13] Permission denied: '/x'"
+    assert files.disk_fault(PermissionError(errno.EACCES, "Permission denied")) is None, "a socket"
+    assert files.disk_fault(OSError(errno.ESTALE, os.strerror(errno.ESTALE))) is not None
 
 
 def write(run: Path, keep: int, step: int, best: int | None = None) -> Path:

@@ -101,6 +101,13 @@ def test_news_of_an_earlier_process_can_be_told() -> None:
     assert lived("lost", "restarted").starts == 1 and lived("started").starts == 0
 
 
+def test_so_many_failures_in_a_row_are_hopeless() -> None:
+    life = lived("started", "failed")
+    assert not life.is_hopeless and life.failed().is_hopeless
+    assert not life.failed().received(1).is_hopeless
+    assert not life.failed().lost().restarted().started().is_hopeless
+
+
 def test_versions_that_are_no_longer_kept_are_forgotten() -> None:
     life = Life().started().received(1).received(2, kept={1, 2})
     assert life.serves(1) and life.serves(2)

@@ -73,6 +73,8 @@ class Fragile:
         self.asked.set()
         if self.gate is not None:
             self.gate.wait(10)
+        if self.ends:
+            raise WorkerError("ended", is_lost=True)
         if self.breaks:
             raise WorkerError("no engine", is_final=True)
         if chunk.version not in self.received:
@@ -98,7 +100,9 @@ class Fragile:
 
     def end(self) -> None:
         self.ends += 1
-        self.opens.set()
+        for held_up in (self.opens, self.gate, self.late):
+            if held_up is not None:
+                held_up.set()
 
     @property
     def replaced(self) -> int:
@@ -175,6 +179,45 @@ def test_the_others_do_not_wait_for_a_late_one() -> None:
     assert made.load(Weights(4, (), again=False))
     assert workers[0].received == {0, 1, 4}
     made.close()
+
+
+def test_one_that_never_receives_is_replaced() -> None:
+    """Else all would wait for it with every version."""
+    made, workers, events = pool(2)
+    workers[0].refuses = {1, 2, 3, 4}
+    for version in (1, 2, 3):
+        assert workers[0].replaced == 0
+        assert made.load(Weights(version, (), again=False))
+    eventually(lambda: workers[0].replaced == 1)
+    assert [event["event"] for event in events][:3] == [FAILED] * 3
+    workers[0].refuses = set()
+    eventually(lambda: len(events) == 4)
+    assert made.load(Weights(5, (), again=False))
+    assert 5 in workers[0].received
+    made.close()
+
+
+def test_failures_in_between_replace_nobody() -> None:
+    made, workers, _ = pool(2)
+    workers[0].refuses = {1, 2, 4, 5}
+    for version in range(1, 7):
+        assert made.load(Weights(version, (), again=False))
+    assert workers[0].replaced == 0
+    made.close()
+
+
+def test_closing_waits_for_no_worker() -> None:
+    """What waits for one would keep the process from ending until the worker's deadline."""
+    made, workers, _ = pool(2)
+    for worker in workers:
+        worker.gate = threading.Event()
+    made.submit(work(0))
+    assert all(worker.asked.wait(10) for worker in workers)
+    begin = time.monotonic()
+    made.close()
+    assert time.monotonic() - begin < 5
+    assert [worker.ends for worker in workers] == [1, 1]
+    assert not [t for t in threading.enumerate() if t.name.startswith("generate") and t.is_alive()]
 
 
 def test_nobody_has_a_version_that_was_sent_once() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,17 @@ def test_the_likeliest_of_the_best_is_taken() -> None:
     assert b.count(scored) == 2
     assert b.add(0, scored) == 1
     assert held(b) == [("u1", 6)]
+
+
+def test_what_else_came_with_a_response_is_let_go() -> None:
+    """Of a worker's answer every array is a view, which keeps all of it in Ray's object store."""
+    b = buffer()
+    all_of_it = np.array([9, 9, 6, 1])
+    given = response("u1", 6)
+    rollout = replace(given.rollout, tokens_R=all_of_it[2:])
+    b.add(0, [Scored(rollout, given.score)])
+    (entry,) = b._entries.values()
+    assert entry.tokens_R.tolist() == [6, 1] and entry.tokens_R.base is None
 
 
 def test_verified_responses_can_be_taken_too() -> None:

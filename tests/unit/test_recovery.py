@@ -6,7 +6,7 @@ import contextlib
 import gc
 import json
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import pytest
 
 from ppo_dist import build
 from ppo_dist.config import Config, InputError, RunError, WorkersLost
+from ppo_dist.coordinator.loop import ACCURACY, REWARD
 from ppo_dist.coordinator.scale import Scale
 from ppo_dist.coordinator.state import Checkpoints, read_state
 from ppo_dist.journey import Encoded
@@ -114,6 +115,7 @@ def run(
     folder: Path,
     resume: bool = False,
     limits: dict[str, Any] = {"backoff_s": 0, "restarts": 2},  # noqa: B006
+    interrupted: Callable[[], bool] = lambda: False,
     **more: Any,
 ) -> str:
     """How the run ended."""
@@ -134,7 +136,7 @@ def run(
         encoded,
         lambda at: JsonLines(folder, at.state.step if at.checkpoint else None),
     )
-    return recovery.run(start, lambda: False)[0]
+    return recovery.run(start, interrupted)[0]
 
 
 def numbers(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
@@ -161,6 +163,40 @@ def test_before_others_start_what_was_lost_is_gone(
     finally:
         gc.enable()
     assert cluster.left == [0, 0, 0]
+
+
+def test_who_is_told_to_stop_loads_no_models_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = Cluster("update 4")
+    with pytest.raises(KeyboardInterrupt):
+        run(monkeypatch, cluster, tmp_path, interrupted=lambda: "update 4" in str(events(tmp_path)))
+    assert cluster.starts == 1
+    assert [(e["event"], e["step"]) for e in events(tmp_path)] == [
+        ("learners_lost", 3),
+        ("interrupted", 2),
+    ]
+    assert run(monkeypatch, Cluster(), tmp_path, resume=True) == "done"
+
+
+def test_the_best_policy_of_a_step_that_is_made_again_is_set_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is made again need not be as good, where kernels add in no fixed order."""
+    log = JsonLines.log
+
+    def logged(tracker: JsonLines, step: int, metrics: Any) -> None:
+        if step == 3 and not (tmp_path / "abandoned-policy-best").exists():
+            (tmp_path / "policy-best").mkdir(exist_ok=True)
+            (tmp_path / "policy-best" / "of step 3").touch()
+            metrics = {**metrics, ACCURACY: 1.0, REWARD: 1.0}
+        log(tracker, step, metrics)
+
+    monkeypatch.setattr(JsonLines, "log", logged)
+    assert run(monkeypatch, Cluster("annotate 7"), tmp_path) == "done"
+    lost, rebuilt = events(tmp_path)
+    assert lost["step"] > 3 > rebuilt["step"]
+    assert (tmp_path / "abandoned-policy-best" / "of step 3").exists()
 
 
 @pytest.mark.parametrize(
