@@ -13,9 +13,7 @@ import json
 import math
 import os
 import shutil
-import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +23,10 @@ import pyarrow.parquet
 import pytest
 import torch
 import yaml
-from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ppo_dist import files
-from ppo_dist.config import InputError
+from ppo_dist.config import Config, InputError
 from ppo_dist.config.data import Data, FileSource
 from ppo_dist.config.load import dump, load
 from ppo_dist.config.reward import Extract, ExtractAfter, GymReward, NumericReward
@@ -45,76 +42,11 @@ from ppo_dist.rewards.gym import gym
 from ppo_dist.rewards.remote import NoAnswer, _numbers
 from ppo_dist.rewards.rules import Judged, mathematics, numeric
 from tests.conftest import raw_config
+from tests.faults.fuzz import fuzz, only_in, refused, sizes, violations, watched
 from tests.unit.rig import Rig
 from tests.unit.test_gym import entry_of
 from tests.unit.test_gym import rollout as asked
 from tests.unit.test_rewards import rollout
-
-REACHES_OUT = ("os.system", "os.exec", "os.fork", "subprocess.Popen", "socket.connect", "os.remove")
-watched: list[Path] = []  # where a test may write, while one is watched
-violations: list[str] = []
-
-
-def _audit(event: str, arguments: tuple[Any, ...]) -> None:
-    if not watched:
-        return
-    if event in REACHES_OUT and not (event == "os.remove" and _is_removed_inside(*arguments)):
-        violations.append(f"{event} {arguments[:1]}")
-    if event == "open" and isinstance(arguments[0], (str, bytes)):
-        path, mode, flags = arguments
-        writes = any(c in (mode or "") for c in "wax+") or bool(flags & (os.O_WRONLY | os.O_RDWR))
-        if writes and not _is_allowed(path):
-            violations.append(f"open {path!r}")
-
-
-def _is_allowed(path: Any) -> bool:
-    name = os.path.realpath(os.fsdecode(path))
-    is_cache = any(part in name for part in ("/.hypothesis", "__pycache__", "/dev/"))
-    return is_cache or any(name.startswith(str(folder)) for folder in watched)
-
-
-def _is_removed_inside(path: Any, within: int = -1) -> bool:
-    """A link goes, not what it leads to. `within` is the descriptor of the folder that a relative
-    path starts in, if it has one.
-    """
-    start = f"/proc/self/fd/{within}" if within >= 0 else ""
-    return _is_allowed(os.path.dirname(os.path.join(start, os.fsdecode(path))))
-
-
-sys.addaudithook(_audit)
-
-
-@contextlib.contextmanager
-def only_in(folder: Path) -> Iterator[None]:
-    violations.clear()
-    watched.append(folder.resolve())
-    try:
-        yield
-    finally:
-        watched.clear()
-    assert violations == []
-
-
-def fuzz(count: int, check: Callable[..., None], *given_to: Any, deadline_s: float = 20) -> None:
-    """Tries a check with that many cases, the same each time."""
-    chosen = settings(
-        max_examples=count,
-        deadline=int(deadline_s * 1000),
-        derandomize=True,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-    )
-    chosen(given(*given_to)(check))()
-
-
-def sizes(fast: int, slow: int) -> Any:
-    return pytest.mark.parametrize("count", [fast, pytest.param(slow, marks=pytest.mark.slow)])
-
-
-def refused(error: InputError) -> None:
-    message = str(error)
-    assert message and "\n" not in message and len(message) < 20_000
-
 
 # ── configs ───────────────────────────────────────────────────────────────────────────────────────
 
@@ -134,7 +66,55 @@ VALUES = st.recursive(
     ),
     max_leaves=8,
 )
-WHOLE = raw_config(Path("run"), data={"verifiable": {"kind": "file", "path": "x.jsonl"}})
+FILE = {"kind": "file", "path": "x.jsonl"}
+PLAIN = raw_config(Path("run"), data={"verifiable": FILE})
+RICH = raw_config(
+    Path("run"),
+    model={"lora": {"rank": 4}},
+    reference={"reset": "never"},
+    data={"labelled": FILE, "verifiable": FILE, "unlabelled": FILE, "held_out": FILE, "test": FILE},
+    reward={
+        "labelled": {"kind": "function", "path": "mine.py", "name": "score"},
+        "verifiable": {
+            "kind": "weighted",
+            "parts": [
+                {"weight": 1, "reward": {"kind": "remote", "url": "https://judge.example/score"}},
+                {"weight": 2, "reward": {"kind": "model", "path": "judge"}},
+                {"weight": 3, "reward": {"kind": "regex", "pattern": "a+"}},
+            ],
+        },
+        "unlabelled": {"kind": "vote", "extract": {"kind": "after", "marker": "A:"}},
+    },
+    mix={
+        "schedule": {"kind": "supervised_first", "steps": 3, "then": 0.5},
+        "shares": {
+            "labelled": 1,
+            "verifiable": {"kind": "linear", "start": 0, "end": 1, "steps": 4},
+            "unlabelled": 1,
+        },
+    },
+    semi={
+        "gate": {"kind": "trajectory", "window": 2},
+        "pseudo": {"batch": 2},
+        "guard": {"drop": {"limit": 0.1, "action": "roll_back"}},
+        "probe": 0.2,
+    },
+    rollout={"group_size": 3, "engine": {"kind": "vllm"}},
+    stream={"max_lag": 1},
+    eval={"every": 2},
+)
+del RICH["model"]["scratch"]
+RICH["model"]["path"] = "m"
+
+
+def _whole(raw: dict[str, Any]) -> dict[str, Any]:
+    """Every key of it, defaults included."""
+    made: dict[str, Any] = yaml.safe_load(dump(Config.model_validate(raw)))
+    return made
+
+
+WHOLES = [_whole(PLAIN), _whole(RICH)]
+WHOLE = WHOLES[0]
 
 
 def _paths(node: Any, above: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -143,15 +123,16 @@ def _paths(node: Any, above: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return [above, *(p for key, inner in node.items() for p in _paths(inner, (*above, key)))]
 
 
-KEYS = [path for path in _paths(WHOLE) if path]
+KEYS = [[path for path in _paths(whole) if path] for whole in WHOLES]
 
 
 @st.composite
 def configs(draw: st.DrawFn) -> bytes:
     """A whole config of which some keys have other values, or other keys, or are gone."""
-    raw = copy.deepcopy(WHOLE)
+    number = draw(st.integers(0, len(WHOLES) - 1))
+    raw = copy.deepcopy(WHOLES[number])
     for _ in range(draw(st.integers(1, 3))):
-        *above, key = draw(st.sampled_from(KEYS))
+        *above, key = draw(st.sampled_from(KEYS[number]))
         node: Any = raw
         for part in above:
             node = node.get(part, {}) if isinstance(node, dict) else {}
@@ -192,7 +173,7 @@ def test_config_files(tmp_path: Path, count: int) -> None:
 def test_overrides(tmp_path: Path, count: int) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(yaml.safe_dump(WHOLE))
-    key = st.sampled_from([".".join(p) for p in KEYS]) | st.text(max_size=12)
+    key = st.sampled_from([".".join(p) for p in KEYS[0]]) | st.text(max_size=12)
     value = YAML_TEXT | VALUES.map(lambda v: yaml.safe_dump(v, default_flow_style=True))
 
     def check(overrides: list[str]) -> None:
@@ -529,11 +510,15 @@ def test_verifiers_that_evaluate(tmp_path: Path, count: int) -> None:
 def test_the_watch_sees_what_it_should(tmp_path: Path) -> None:
     """Otherwise the tests above could not fail."""
     violations.clear()
-    watched.append(tmp_path / "inside")
-    (tmp_path / "outside").write_text("x")
+    watched.append(tmp_path / "in")
+    (tmp_path / "inside").write_text("x")  # which begins like the one it may write to
     os.system("true")
+    (tmp_path / "inside").rename(tmp_path / "outside")
+    (tmp_path / "made").mkdir()
+    shutil.rmtree(tmp_path / "made")
     watched.clear()
-    assert [v.split()[0] for v in violations] == ["open", "os.system"]
+    seen = [v.split()[0] for v in violations]
+    assert seen == ["open", "os.system", "os.rename", "os.rename", "os.mkdir", "os.rmdir"]
     violations.clear()
 
 

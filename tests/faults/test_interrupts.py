@@ -31,6 +31,7 @@ from tests.faults.test_checkpoints import raw, when
 pytestmark = pytest.mark.slow
 STEPS = 4
 RAY = {"kind": "ray", "cpus": 4}
+TWO_AHEAD = {"cluster": RAY, "learner": {"workers": 2}, "stream": {"max_lag": 1}}
 LOOPBACK = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 PHASES = {
     "loading": (LearnerWorker, "__init__", 1, 0),
@@ -136,8 +137,11 @@ def written(folder: Path, **sections: Any) -> Path:
 
 @pytest.mark.parametrize("death", DEATHS)
 def test_a_sudden_end(uninterrupted: Path, tmp_path: Path, death: str) -> None:
-    folder = tmp_path / "run"
-    path = written(folder)
+    check_sudden_end(uninterrupted, tmp_path / "run", death)
+
+
+def check_sudden_end(uninterrupted: Path, folder: Path, death: str, **sections: Any) -> None:
+    path = written(folder, **sections)
     moment, step = DEATHS[death]
     code = CHILD.replace("MOMENT", repr((*moment, ["train", str(path)])))
     killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -150,6 +154,20 @@ def test_a_sudden_end(uninterrupted: Path, tmp_path: Path, death: str) -> None:
     assert numbers(folder) == numbers(uninterrupted)
     hidden = {p.name for p in folder.rglob(".*")}
     assert hidden == {".lock"}, "nothing half is left"
+
+
+@pytest.fixture(scope="module")
+def uninterrupted_on_ray(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+    path = written(folder, **TWO_AHEAD)
+    assert subprocess.run([sys.executable, "-m", "ppo_dist", "train", str(path)]).returncode == 0
+    return folder
+
+
+@pytest.mark.parametrize("death", ["before the manifest", "before its name", "before the row"])
+def test_a_sudden_end_on_ray(uninterrupted_on_ray: Path, tmp_path: Path, death: str) -> None:
+    """With two learners, and responses on their way."""
+    check_sudden_end(uninterrupted_on_ray, tmp_path / "run", death, **TWO_AHEAD)
 
 
 # ── with processes of Ray ─────────────────────────────────────────────────────────────────────────

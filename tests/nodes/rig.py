@@ -89,13 +89,16 @@ class Run:
 
 @contextlib.contextmanager
 def training(
-    raw: dict[str, Any], env: Mapping[str, str], command: Callable[..., list[str]] | None = None
+    raw: dict[str, Any],
+    env: Mapping[str, str],
+    command: Callable[..., list[str]] | None = None,
+    *words: str,
 ) -> Iterator[Run]:
     """A run of a config; ended at once if it still goes on at the end."""
     folder = Path(raw["run"]["dir"])
     config, log = folder.with_suffix(".yaml"), folder.with_suffix(".log")
     config.write_text(yaml.safe_dump(raw))
-    arguments = [sys.executable, "-m", "ppo_dist", "train", str(config)]
+    arguments = [sys.executable, "-m", "ppo_dist", "train", str(config), *words]
     with log.open("wb") as out:
         process = subprocess.Popen(
             command(*arguments) if command else arguments,
@@ -125,10 +128,10 @@ class Cluster:
         """Whether there is a node on a host."""
         return name in self._nodes and self._nodes[name].poll() is None
 
-    def train(self, raw: dict[str, Any]) -> contextlib.AbstractContextManager[Run]:
+    def train(self, raw: dict[str, Any], *words: str) -> contextlib.AbstractContextManager[Run]:
         """Starts a run on the head."""
         env = {**self._env, "RAY_ADDRESS": self._address}
-        return training(raw, env, self.hosts[self._head].command)
+        return training(raw, env, self.hosts[self._head].command, *words)
 
     def doctor(self, raw: dict[str, Any]) -> tuple[int, str]:
         """What `ppo-dist doctor` says on the head of a run's config: its exit code and its table, a

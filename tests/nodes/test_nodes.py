@@ -19,12 +19,12 @@ from ppo_dist.coordinator.scale import Scale
 from ppo_dist.inspect import rescale
 from tests.conftest import raw_config
 from tests.nodes.net import network, why_not
-from tests.nodes.rig import Cluster, environment, training
+from tests.nodes.rig import Cluster, environment, training, wait_for
 
 pytestmark = pytest.mark.slow
 # learners take 3 and rollout workers 1, so that they fill a, b and c; d is for one that is lost
 CPUS = {"a": 3, "b": 4, "c": 1, "d": 1}
-LEARNERS, VICTIM, SPARE = "b", "c", "d"
+HEAD, LEARNERS, VICTIM, SPARE = "a", "b", "c", "d"
 KINDS = ["store", "collective"]
 CHECKPOINT_EVERY = 20
 STEPS = 150  # a worker that is lost should be back before the last one
@@ -110,7 +110,10 @@ def test_a_cable_is_cut_and_healed(
     with cluster.train(config(tmp_path / "run", kind, is_hasty)) as run:
         run.wait(lambda: len(run.rows()) > 3, START_S)
         cluster.hosts[VICTIM].cut()
-        time.sleep(CUT_S)
+        time.sleep(CUT_S / 2)
+        steps = len(run.rows())
+        time.sleep(CUT_S / 2)
+        assert (len(run.rows()) == steps < STEPS) or is_hasty, "it waits"
         cluster.hosts[VICTIM].heal()
         run.end(END_S)
         assert run.numbers() == expected
@@ -155,6 +158,27 @@ def test_the_node_of_a_learner_is_lost(
         (rebuilt,) = run.events("learners_rebuilt")
         assert rebuilt["step"] >= CHECKPOINT_EVERY, "not from the beginning"
         assert lost["step"] > rebuilt["step"]
+
+
+def test_the_head_is_lost(cluster: Cluster, tmp_path: Path, expected: list[dict[str, Any]]) -> None:
+    """With the coordinator on it. What is left elsewhere ends by itself; on new nodes the run is
+    resumed from its last checkpoint.
+    """
+    raw = config(tmp_path / "run", "store")
+    with cluster.train(raw) as run:
+        run.wait(lambda: len(run.rows()) > CHECKPOINT_EVERY + 3, START_S)
+        cluster.kill(HEAD)
+    wait_for(lambda: not any(cluster.actors().values()), RESTART_S, cluster.actors)
+    for name in (LEARNERS, VICTIM):
+        if cluster.runs(name):
+            cluster.kill(name)
+    for name in (HEAD, LEARNERS, VICTIM):
+        cluster.start(name)
+    with cluster.train(raw, "--resume") as run:
+        run.end(END_S)
+        assert run.numbers() == expected
+        (resumed,) = run.events("resumed")
+        assert resumed["step"] >= CHECKPOINT_EVERY, "not from the beginning"
 
 
 def test_a_worker_without_room_joins_on_a_new_node(

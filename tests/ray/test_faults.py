@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
 from rich.console import Console
@@ -35,8 +36,8 @@ ADAPTIVE = {"kl": {"coef": 0.1, "controller": {"kind": "adaptive", "target": 0.0
 
 @dataclass(frozen=True)
 class Blow:
-    """What ends a worker's process or stops it, at the first one that comes along; again and again
-    where there is no `once`.
+    """What ends a worker's process or stops it, at the first one that comes along, which leaves its
+    number in `once`; again and again where there is none.
     """
 
     how: signal.Signals
@@ -45,7 +46,8 @@ class Blow:
     def __call__(self) -> None:
         if self.once is not None:
             try:
-                self.once.touch(exist_ok=False)
+                with self.once.open("x") as file:
+                    file.write(str(os.getpid()))
             except FileExistsError:
                 return
         os.kill(os.getpid(), self.how)
@@ -116,6 +118,18 @@ def while_starting(worker: Any, blow: Blow) -> None:
         return make_engine()
 
     worker._make_engine = wrapped
+
+
+def while_fetching_what_is_no_number(worker: Any, _: Blow) -> None:
+    """Nobody is struck: version 2 is not what the learners have, and no checksum tells."""
+    fetch = worker._receiver.fetch
+
+    def wrapped(weights: Any) -> Iterator[Any]:
+        for name, tensor in fetch(weights):
+            is_it = weights.version == 2 and name.endswith("wte.weight")
+            yield name, tensor * float("nan") if is_it else tensor
+
+    worker._receiver.fetch = wrapped
 
 
 # places within a learner; all are in the second step after a checkpoint, the fourth of the run
@@ -245,6 +259,7 @@ class Rig:
             if step == 3 and not once.is_set():
                 once.set()
                 pid = ray.get(actors()[-1].__ray_call__.remote(lambda _: os.getpid()))
+                self.blow.once.write_text(str(pid))  # type: ignore[union-attr]
                 os.kill(pid, how)
 
         self._patch.setattr(JsonLines, "log", logged)
@@ -260,6 +275,18 @@ class Rig:
             log(tracker, step, metrics)
 
         self._patch.setattr(JsonLines, "log", logged)
+
+    def sees_who_is_left(self) -> list[bool]:
+        """Filled, before the last step is logged, with whether who was struck is still there."""
+        log, seen = JsonLines.log, list[bool]()
+
+        def logged(tracker: JsonLines, step: int, metrics: Any) -> None:
+            if step == 5 and self.blow.once is not None and self.blow.once.exists():
+                seen.append(psutil.pid_exists(int(self.blow.once.read_text())))
+            log(tracker, step, metrics)
+
+        self._patch.setattr(JsonLines, "log", logged)
+        return seen
 
     def remembers(self, cls: type) -> list[Any]:
         """Every object of a class that is made from now on."""
@@ -344,7 +371,9 @@ def test_a_rollout_worker_that_is_killed(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place", [while_generating, while_loading, while_starting, None])
+@pytest.mark.parametrize(
+    "place", [while_generating, while_loading, while_receiving, while_starting, None]
+)
 def test_a_rollout_worker_that_hangs(
     rig: Rig, whole: Any, place: Callable[..., None] | None
 ) -> None:
@@ -373,8 +402,10 @@ def check_rollout_worker(
     else:
         rig.in_rollout_workers(place)
     sections = merged({"rollout": {"workers": workers}}, sections)
+    left = rig.sees_who_is_left()
     rig.lasts_until("struck", "rollout_worker_restarted")
     assert rig.run("struck", **sections) == 0
+    assert left == [False], "also one that is stopped is gone"
     for file in ("metrics.jsonl", "samples.jsonl"):
         assert rig.rows("struck", file) == whole(file), file
     (failed,) = rig.events("struck", "rollout_worker_failed")
@@ -407,16 +438,24 @@ def test_a_learner_that_is_killed(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place", [in_forward, in_checkpoint, in_publish])
+@pytest.mark.parametrize(
+    ("place", "transport"),
+    [
+        (in_forward, "store"),
+        (in_checkpoint, "store"),
+        (in_publish, "store"),
+        (in_publish, "collective"),  # the rollout workers are in the middle of a broadcast
+    ],
+)
 def test_the_learner_that_publishes_is_killed(
-    rig: Rig, whole: Any, place: Callable[..., None]
+    rig: Rig, whole: Any, place: Callable[..., None], transport: str
 ) -> None:
     """It is also the one that the others met at."""
-    check_learner(rig, whole(0), place, rank=0)
+    check_learner(rig, whole(0), place, rank=0, transport={"kind": transport})
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place", [in_forward, in_checkpoint, None])
+@pytest.mark.parametrize("place", [in_forward, in_optimizer, in_checkpoint, in_first_step, None])
 def test_a_learner_that_hangs(rig: Rig, whole: Any, place: Callable[..., None] | None) -> None:
     rig.blow = Blow(signal.SIGSTOP, rig.blow.once)
     check_learner(rig, whole(0), place, learner={"deadline_s": HANG_S})
@@ -434,7 +473,9 @@ def check_learner(
         rig.between_steps(lambda: made[-1]._actors)
     else:
         rig.in_learner(place, rank)
+    left = rig.sees_who_is_left()
     assert rig.run("struck", **sections) == 0
+    assert left == [False], "also one that is stopped is gone: it holds a GPU"
     for file in ("metrics.jsonl", "samples.jsonl"):
         assert rig.rows("struck", file) == whole(file), file
     (lost,) = rig.events("struck", "learners_lost")
@@ -444,6 +485,56 @@ def check_learner(
     assert "rank" in lost["reason"] and lost["detail"]
     print(f"\n{lost['reason']}: back after {rebuilt['seconds']} s")
     assert rebuilt["seconds"] < LEARNERS_BACK_S
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("who", ["rollout worker", "learner"])
+def test_one_that_stands_still_for_less_than_its_deadline(rig: Rig, whole: Any, who: str) -> None:
+    """It goes on, and nothing has happened."""
+    left_alone = whole(0)
+    rig.blow = Blow(signal.SIGSTOP, rig.blow.once)
+    stood: list[bool] = []
+
+    def goes_on() -> None:
+        once = rig.blow.once
+        assert once is not None
+        while not (once.exists() and once.read_text()):
+            time.sleep(0.05)
+        time.sleep(4)
+        process = psutil.Process(int(once.read_text()))
+        stood.append(process.status() == psutil.STATUS_STOPPED)
+        process.send_signal(signal.SIGCONT)
+
+    thread = threading.Thread(target=goes_on, daemon=True)
+    thread.start()
+    if who == "learner":
+        rig.in_learner(in_forward)
+    else:
+        rig.in_rollout_workers(while_generating)
+    assert rig.run("struck") == 0
+    thread.join(1)
+    assert stood == [True]
+    for file in ("metrics.jsonl", "samples.jsonl"):
+        assert rig.rows("struck", file) == left_alone(file), file
+    assert not rig.events("struck", "rollout_worker_failed")
+    assert not rig.events("struck", "learners_lost")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("transport", ["store", "disk", "collective"])
+def test_weights_that_are_no_numbers_are_never_served(rig: Rig, transport: str) -> None:
+    rig.in_rollout_workers(while_fetching_what_is_no_number)
+    with pytest.raises(RunError, match=r"version 2: .*wte\.weight is not finite"):
+        rig.run(
+            "struck",
+            transport={"kind": transport},
+            cluster={"restarts": 1, "backoff_s": 0.1},
+            train={"checkpoint_every": 1},
+        )
+    (failed,) = rig.events("struck", "failed")
+    assert "wte.weight is not finite" in failed["reason"]
+    rows = rig.rows("struck")
+    assert all(row["step"] <= 2 for row in rows), "none is of responses that such weights wrote"
 
 
 @pytest.mark.slow

@@ -29,7 +29,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def made(folder: Path, steps: int, variant: str = "critic", **learner: Any) -> Config:
+def made(
+    folder: Path, steps: int, variant: str = "critic", max_lag: int = 0, **learner: Any
+) -> Config:
     kind = "local" if learner.get("workers", 1) == 1 else "ray"
     rollout = {"workers": learner.get("workers", 1)}
     sections = {k: {**v} for k, v in VARIANTS[variant].items()}
@@ -39,6 +41,7 @@ def made(folder: Path, steps: int, variant: str = "critic", **learner: Any) -> C
             learner={"optimizer": OPTIMIZERS["adamw"], **learner},
             train={"steps": steps},
             eval={"every": 1},
+            stream={"max_lag": max_lag},
             cluster={"kind": kind},
             rollout=rollout,
             **sections,
@@ -69,7 +72,8 @@ def saved(folder: Path) -> dict[tuple[str, str], torch.Tensor]:
 
 def assert_goes_on(folder: Path, before: dict[str, Any], after: dict[str, Any]) -> None:
     """Two steps in one way and one more in another are three steps."""
-    expected = run(made(folder / "whole", 3, **{k: before[k] for k in before if k == "optimizer"}))
+    alike = {k: before[k] for k in before if k in ("optimizer", "max_lag")}
+    expected = run(made(folder / "whole", 3, **alike))
     run(made(folder / "parts", 2, **before))
     rows = run(made(folder / "parts", 3, **after), resume=True)
     assert_same(rows, expected)
@@ -81,8 +85,13 @@ def assert_goes_on(folder: Path, before: dict[str, Any], after: dict[str, Any]) 
 
 
 @pytest.mark.slow
-def test_one_learner_and_then_two_at_another_stage(ray_session: None, tmp_path: Path) -> None:
-    assert_goes_on(tmp_path, {"zero_stage": 1}, {"zero_stage": 3, "workers": 2})
+@pytest.mark.parametrize("max_lag", [0, 1])
+def test_one_learner_and_then_two_at_another_stage(
+    ray_session: None, tmp_path: Path, max_lag: int
+) -> None:
+    """With a lag the checkpoint has responses that no step has learned from yet."""
+    lag = {"max_lag": max_lag}
+    assert_goes_on(tmp_path, {"zero_stage": 1, **lag}, {"zero_stage": 3, "workers": 2, **lag})
 
 
 @pytest.mark.slow

@@ -318,7 +318,7 @@ def test_other_learners_from_the_next_checkpoint_on(
     assert seen == [1, 3]
     assert numbers(folder) == numbers(tmp_path / "plain")
     (told,) = [e for e in read_rows(folder / "events.jsonl") if e["event"] == "rescaled"]
-    assert told["learners"] == {"before": 1, "now": 3}
+    assert told["learners"] == {"before": 1, "now": 3} and told["step"] == 2, "a checkpoint's"
 
 
 def test_without_room_for_them_it_goes_on_as_it_was(
