@@ -90,6 +90,14 @@ def test_it_says_what_may_not_change_on_the_way() -> None:
         assert f"`{key}`" in words, key
 
 
+def test_the_tests_that_it_names_exist() -> None:
+    code = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    named = set(re.findall(r"`(test_\w+)`", README))
+    assert len(named) > 30
+    for name in named:
+        assert f"def {name}(" in code, name
+
+
 def test_files_it_names_exist() -> None:
     for name in re.findall(r"(?:launch|configs|docs|tests)/[\w./]*\w", README):
         assert (ROOT / name).exists(), name

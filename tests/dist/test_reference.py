@@ -241,6 +241,21 @@ class Probe(LearnerActor):
             every += [(f"critic.{n}", p.clone()) for n, p in self._roles.critic.parameters(1000)]
         return {name: p.cpu().double().numpy() for name, p in every}
 
+    def spoil(self, rank: int | None) -> None:
+        """From now on a gradient of policy and critic is no number on that rank, though the losses
+        are; None: nowhere.
+        """
+        for handle in vars(self).pop("_spoilt", []):
+            handle.remove()
+        if rank == torch.distributed.get_rank():
+            engines = (self._roles.policy._engine, self._roles.critic._engine)
+            self._spoilt = [
+                next(p for p in e.module.parameters() if p.dim() > 1).register_hook(
+                    lambda gradient: gradient * float("nan")
+                )
+                for e in engines
+            ]
+
     def compiles(self) -> bool:
         return "torch._inductor.compile_fx" in sys.modules
 
@@ -405,6 +420,50 @@ def test_an_update_that_is_not_finite_changes_nothing(
     with_it, without = after(True), after(False)
     for name, values in without.items():
         assert np.array_equal(with_it[name], values), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "dtype", "offload"),
+    [
+        *((stage, "fp32", "none") for stage in range(4)),
+        *((stage, "bf16", "none") for stage in (1, 2, 3)),
+        *((stage, dtype, "cpu") for stage in (1, 2, 3) for dtype in ("fp32", "bf16")),
+    ],
+)
+def test_one_rank_with_a_gradient_that_is_no_number(
+    stage: int,
+    dtype: str,
+    offload: str,
+    probes: Callable[[int], Probes],
+    tiny_models: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    """All ranks leave the update out, though only one has seen it, and go on as if it had not been."""
+    case = Case(stage, 2, 48, "none", False, "mixed", "gpt2")
+    raw = algorithm(tmp_path, case).model_dump(mode="json")
+    raw["learner"] |= {"optimizer": {"kind": "sgd", "momentum": 0.9}, "dtype": dtype, "offload": offload}
+    config, group = Config.model_validate(raw), probes(2)
+    coefficients = Coefficients(1.0, 0.5, 0.5, 0.0, 0.0, 0.02, 0.3)
+    scored, labelled = work()[0]
+
+    def after(spoilt: bool) -> dict[str, Any]:
+        group.start(config, str(tiny_models["gpt2"]))
+        learners = Learners(group, 48)
+        sequences = Experience(config.algorithm, Gae())(scored, learners.annotate([s.rollout for s in scored]), True)
+        first, second, *_ = updates_of(config, sequences, labelled, 0)
+        learners.update([first], coefficients)
+        if spoilt:
+            group.call(Probe.spoil, [(1,)] * 2)
+            report = learners.update([first], coefficients)
+            assert [u.skipped for u in report.updates] == [True]
+            group.call(Probe.spoil, [(None,)] * 2)
+        learners.update([second], coefficients)
+        return group.call(Probe.weights, [()] * 2)[0]
+
+    with_it, without = after(True), after(False)
+    for name, values in without.items():
+        assert np.isfinite(values).all() and np.array_equal(with_it[name], values), name
 
 
 def test_no_learner_waits_for_a_compiler(
