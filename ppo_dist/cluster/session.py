@@ -80,9 +80,10 @@ def session(cluster: Cluster) -> Iterator[None]:
             ) from None
     else:
         # for a dashboard that is off its head would keep 3 KB of every call and hundreds of every
-        # actor that ended, up to 100,000 of each
+        # actor and process that ended, up to 100,000 of each
         os.environ.setdefault("RAY_task_events_report_interval_ms", "0")
-        os.environ.setdefault("RAY_maximum_gcs_destroyed_actor_cached_count", "10")
+        for what in ("destroyed_actor", "dead_worker"):
+            os.environ.setdefault(f"RAY_maximum_gcs_{what}_cached_count", "10")
         ray.init(
             address="local",
             num_cpus=cluster.cpus,
