@@ -23,8 +23,8 @@ Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Returns 0 done, 1 workers or cells of a study failed, 2 bad config or
-    input, 3 stopped since updates were not finite or by the guard, 130 interrupted after a clean
-    checkpoint.
+    input, 3 stopped since updates were not finite or by the guard, 130 interrupted; a checkpoint
+    has what was learned by then.
     """
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)

@@ -143,13 +143,14 @@ def process_group(kind: DeviceKind, store: Any, rank: int, size: int, timeout_s:
         options._timeout = timeout
         # read as the group is made: its wait() blocks, and raises when a member is dead or late;
         # without it NCCL's watchdog would end this process
-        with _environment(TORCH_NCCL_BLOCKING_WAIT="1"):
+        with environment(TORCH_NCCL_BLOCKING_WAIT="1"):
             return torch.distributed.ProcessGroupNCCL(store, rank, size, options)
     return torch.distributed.ProcessGroupGloo(store, rank, size, timeout)
 
 
 @contextlib.contextmanager
-def _environment(**values: str) -> Iterator[None]:
+def environment(**values: str) -> Iterator[None]:
+    """Within it variables of this process have these values."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:

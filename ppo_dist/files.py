@@ -18,7 +18,7 @@ WRITING, OLD = ".writing", ".old"
 DISK_FAULTS = [
     os.strerror(n) for n in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE)
 ]
-REFUSALS = (errno.EACCES, errno.EPERM, errno.ETIMEDOUT)  # faults where a file is named
+REFUSALS = (errno.EACCES, errno.EPERM, errno.ETIMEDOUT)  # faults where they are of a run's file
 TORCH_WRITER = "inline_container.cc"  # all that torch says of a file that it could not write
 
 
@@ -140,9 +140,9 @@ def sums(folder: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-def disk_fault(error: BaseException) -> str | None:
+def disk_fault(error: BaseException, folder: Path | None = None) -> str | None:
     """Why a disk did not take what was written, if that is what an error means, in whatever words
-    torch, safetensors or a worker have put it.
+    torch, safetensors or a worker have put it; also if it refused a file in `folder`.
     """
     causes: list[BaseException] = []
     following: BaseException | None = error
@@ -150,7 +150,7 @@ def disk_fault(error: BaseException) -> str | None:
         causes.append(following)
         following = following.__cause__ or following.__context__
     for cause in causes:
-        if isinstance(cause, OSError) and cause.errno in REFUSALS and cause.filename is not None:
+        if folder is not None and _refused(cause, folder):
             return str(cause)
     for line in (line.strip() for cause in causes for line in str(cause).splitlines()):
         if TORCH_WRITER in line:
@@ -158,6 +158,12 @@ def disk_fault(error: BaseException) -> str | None:
         if any(fault in line for fault in DISK_FAULTS):
             return line
     return None
+
+
+def _refused(error: BaseException, folder: Path) -> bool:
+    is_one = isinstance(error, OSError) and error.errno in REFUSALS
+    name = error.filename if isinstance(error, OSError) else None
+    return is_one and isinstance(name, (str, Path)) and Path(name).is_relative_to(folder)
 
 
 def _seal(made: Path) -> None:

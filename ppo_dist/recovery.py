@@ -73,13 +73,15 @@ class Recovery:
             InputError: a start does not go with this config and this data, or the cluster does not.
             RunError: learners were lost too often without a newer checkpoint in between, since the
                 disk is full, or cannot be started anew; or other workers failed for good.
+            KeyboardInterrupt: it was interrupted while it had no workers.
         """
         config, before = self.config, None
         while True:
             try:
                 outcome, loop = self._lasting(config, start, interrupted)
             except (InputError, LostTooOften) as error:
-                if before is None or self._newest(start) is not start:
+                newest = self._newest(start)
+                if before is None or newest is not start:
                     raise
                 self._refuse(config, str(error))
                 config, before = before, None
@@ -88,6 +90,7 @@ class Recovery:
                     return outcome, loop
                 before, config = config, self._rescaled(config, loop.state.step)
             start = self._newest(start)
+            self._heed(interrupted, start)
 
     def _lasting(
         self, config: Config, start: Start, interrupted: Callable[[], bool]
@@ -107,14 +110,20 @@ class Recovery:
                     raise LostTooOften(
                         f"{error} ({lost} times lost without a newer checkpoint in between)"
                     ) from error
-                time.sleep(cluster.backoff_s * 2 ** (lost - 1))
-                if interrupted():  # models take long to load, and there is nothing to save
-                    record_event(Path(config.run.dir), "interrupted", step=start.state.step)
-                    raise KeyboardInterrupt from error
+                over = lost_at + cluster.backoff_s * 2 ** (lost - 1)
+                while time.monotonic() < over and not interrupted():
+                    time.sleep(0.1)
+                self._heed(interrupted, start)
             except InputError as error:
                 if lost_at is None:
                     raise
                 raise LostTooOften(f"after learners were lost: {error}") from error
+
+    def _heed(self, interrupted: Callable[[], bool], start: Start) -> None:
+        """Ends here if it is told to: models take long to load, and there is nothing to save."""
+        if interrupted():
+            record_event(Path(self.config.run.dir), "interrupted", step=start.state.step)
+            raise KeyboardInterrupt
 
     def _journey(
         self, config: Config, start: Start, lost_at: float | None, interrupted: Callable[[], bool]

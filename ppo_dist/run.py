@@ -104,7 +104,7 @@ def _disk_faults(folder: Path) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
-        reason = files.disk_fault(error)
+        reason = files.disk_fault(error, folder)
         if reason is None:
             raise
         free = shutil.disk_usage(folder).free / 1e6

@@ -38,7 +38,7 @@ ALLOWED = {
 HEAVY = {
     "torch": {"types", "protocols", "device", "algo", "semi", "models", "transport", "rollout",
               "learner", "coordinator", "rewards.model", "fetch", "study.bench"},
-    "deepspeed": {"learner.engine", "learner.ranks"},
+    "deepspeed": {"learner.engine", "learner.process_group"},
     "ray": {"cluster", "transport.store", "submit", "follow"},
     "wandb": {"tracking.wandb"},
     "vllm": {"rollout.vllm"},

@@ -70,9 +70,9 @@ class RayRanks:
         self.world = len(places.slots)
         actor = ray.remote(LearnerActor)
         self._actors = [actor.options(**place(places, s)).remote() for s in places.slots]
-        self._address, _ = self._meeting_point()
+        address, _ = self._meeting_point()
         ports = self._begun([worker.open.remote(make_sender) for worker in self._actors])
-        self.sends_from: tuple[str, int | None] = self._address, ports[0]
+        self.sends_from: tuple[str, int | None] = address, ports[0]
 
     def gpus(self, bundle: int) -> str:
         """Those of the workers in a bundle, as CUDA_VISIBLE_DEVICES."""

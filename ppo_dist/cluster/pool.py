@@ -154,7 +154,11 @@ class RemoteWorker:
 
     def _call(self, ask: Ask, deadline_s: float) -> Any:
         try:
-            return ray.get(ask(), timeout=deadline_s)
+            answer = ask()
+        except RayError as error:
+            raise WorkerError(f"it could not be asked: {reason(error)}") from error
+        try:
+            return ray.get(answer, timeout=deadline_s)
         except WeightsError as error:
             raise WorkerError(str(getattr(error, "cause", error))) from None
         except RayError as error:  # if it lives, its engine may be dead or half loaded

@@ -157,7 +157,7 @@ def _reserve(cluster: Cluster, wanted: Layout, made: dict[int, tuple[PlacementGr
         before = list(made)
         group = placement_group([wanted.bundles[n] for n in part], strategy="PACK")
         made.update({number: (group, index) for index, number in enumerate(part)})
-        if group.wait(min(TOLD_AFTER_S, cluster.wait_s)):
+        if group.wait(min(TOLD_AFTER_S, max(deadline - time.monotonic(), 0.1))):
             continue
         if (left := deadline - time.monotonic()) >= 1:
             lacking = _lacking(wanted, before)

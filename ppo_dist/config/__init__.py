@@ -6,9 +6,7 @@ Horizons (`steps`, `warmup`) count steps of the run and are keys of their own, n
 
 from __future__ import annotations
 
-from typing import Annotated
-
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from ppo_dist.config.algorithm import Algorithm, Mix
 from ppo_dist.config.base import (
@@ -19,7 +17,6 @@ from ppo_dist.config.base import (
     RunError,
     Section,
     WorkersLost,
-    bare_kind,
 )
 from ppo_dist.config.combinations import (
     corrects,
@@ -108,8 +105,8 @@ class Config(Section):
     rollout: RolloutSection = RolloutSection()
     stream: StreamSection = StreamSection()
     learner: LearnerSection = LearnerSection()
-    transport: Annotated[Transport, BeforeValidator(bare_kind)] = Transport()
-    cluster: Annotated[Cluster, BeforeValidator(bare_kind)] = Cluster()
+    transport: Transport = Transport()
+    cluster: Cluster = Cluster()
     eval: Eval = Eval()
     tracking: Tracking = Tracking()
 

@@ -14,8 +14,8 @@ HEAD = """# Config reference
 
 Every key of a run's config, what is allowed, and its default. On the command line `key=value` after
 the config's name overrides one: `ppo-dist train mine.yaml learner.lr=2e-6`. What has a `kind` may
-be given as the bare kind where its other keys have defaults (`optimizer: sgd`), a schedule as a
-bare number, and a file of data as its bare path.
+be given as the bare kind where its other keys have defaults (`optimizer: sgd`; not `transport` and
+`cluster`), a schedule as a bare number, and a file of data as its bare path.
 
 `base: other.yaml`, relative to the file that says so, begins with another config: only what differs
 is written. A part of another kind replaces the other's whole section.

@@ -115,7 +115,7 @@ AnyOptimizer = Annotated[
 class LearnerSection(Section):
     """The workers that learn: how many, in which precision, and how they step."""
 
-    workers: int = Field(1, ge=1, description="processes that learn, with a GPU each")
+    workers: int = Field(1, ge=1, description="processes that learn, one a GPU")
     threads: int = Field(1, ge=1, description="CPU threads of a worker")
     cpus: float = Field(1, ge=0, description="CPUs that a worker reserves in the cluster")
     zero_stage: Literal[0, 1, 2, 3] = Field(

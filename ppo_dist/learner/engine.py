@@ -1,4 +1,4 @@
-"""What knows DeepSpeed: a module that is sharded, trained, saved and gathered.
+"""A module under DeepSpeed ZeRO: sharded, trained, saved and gathered.
 
 Five settings are what keeps gradients right here (each is held by a test):
   * `managed_gradient_accumulation: false`: any number of backward passes before a step. In the
@@ -30,7 +30,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from ppo_dist.config.workers import AdamW, LearnerSection
 from ppo_dist.device import DTYPES, available
 from ppo_dist.learner import shards
-from ppo_dist.learner.ranks import limit_waits
+from ppo_dist.learner.process_group import limit_waits
 
 M = TypeVar("M", bound=nn.Module)
 

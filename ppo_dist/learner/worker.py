@@ -21,7 +21,7 @@ from ppo_dist.data.batching import pack, pack_rows
 from ppo_dist.learner.engine import ZeroEngine
 from ppo_dist.learner.flops import Rate
 from ppo_dist.learner.losses import Tensors, policy_loss, value_loss
-from ppo_dist.learner.ranks import join_group
+from ppo_dist.learner.process_group import join_group
 from ppo_dist.learner.roles import Roles
 from ppo_dist.models.policy import PolicyOutput
 from ppo_dist.protocols import NamedTensors, WeightSender

@@ -18,7 +18,7 @@ from ppo_dist.config.workers import Cluster
 
 State = Literal["starting", "stale", "healthy", "suspect", "dead"]
 
-HOPELESS = 3  # failures in a row, after which a new process takes a worker's place
+HOPELESS = 3  # versions missed in a row, after which a new process takes a worker's place
 
 FOLLOWS: dict[State, set[State]] = {
     "starting": {"stale", "healthy", "dead"},
@@ -35,7 +35,7 @@ class Life:
     `healthy` with some versions, it failed and is `suspect`, or it is `dead`.
 
     `starts` counts its processes before this one, so that late news of an earlier one can be told
-    from news of this. `failures` counts those since it last received a version whole. One that
+    from news of this. `missed` are the versions that did not reach it since one last did. One that
     `joins` was added while others were at work; one that `is_out` is dead for good.
 
     Example: Life(state="healthy", versions=frozenset({6, 7}), starts=1, is_out=False)
@@ -44,7 +44,7 @@ class Life:
     state: State = "starting"
     versions: frozenset[int] = frozenset()
     starts: int = 0
-    failures: int = 0
+    missed: frozenset[int] = frozenset()
     is_out: bool = False
     joins: bool = False
 
@@ -72,15 +72,15 @@ class Life:
 
     @property
     def is_hopeless(self) -> bool:
-        """Whether one more failure is too much: all would wait for it with every version."""
-        return self.failures + 1 >= HOPELESS
+        """Whether it has missed so many versions that all would wait for it with each to come."""
+        return len(self.missed) >= HOPELESS
 
     def received(self, version: int, kept: Container[int] = ()) -> Life:
         """After a version came whole; of the earlier ones those in `kept` stay."""
         versions = frozenset({version, *(v for v in self.versions if v in kept)})
         if self.state == "starting":
             return replace(self, versions=versions)
-        return replace(self._become("healthy", versions), failures=0)
+        return replace(self._become("healthy", versions), missed=frozenset())
 
     def taken(self, version: int) -> Life:
         """Before it generates with a version: loading it drops those that are older, and one that
@@ -93,11 +93,14 @@ class Life:
         """After its engine came up: it serves what it has received meanwhile, if anything."""
         return self._become("healthy" if self.versions else "stale", self.versions)
 
-    def failed(self) -> Life:
-        """After it did not do what it was told, though its process may be all right."""
+    def failed(self, version: int | None = None) -> Life:
+        """After it did not do what it was told, though its process may be all right; with which
+        version.
+        """
         if self.state == "starting":
             return replace(self, versions=frozenset())
-        return replace(self._become("suspect"), failures=self.failures + 1)
+        missed = self.missed if version is None else self.missed | {version}
+        return replace(self._become("suspect"), missed=missed)
 
     def lost(self, for_good: bool = False) -> Life:
         """After its process ended, or hung."""
@@ -110,7 +113,7 @@ class Life:
 
     def restarted(self) -> Life:
         """With a new process in the place of a dead one."""
-        return replace(self._become("starting"), starts=self.starts + 1, failures=0)
+        return replace(self._become("starting"), starts=self.starts + 1, missed=frozenset())
 
     def _become(self, state: State, versions: frozenset[int] = frozenset()) -> Life:
         if self.is_out or state not in FOLLOWS[self.state]:

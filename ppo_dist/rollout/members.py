@@ -144,8 +144,9 @@ class Members:
         with self.changed:
             if not member.still_leads(life):
                 return  # somebody else has seen it too
-            lost = error.is_lost or member.life.is_hopeless
-            member.life = member.life.lost(error.is_final) if lost else member.life.failed()
+            after = member.life.failed(version)
+            lost = error.is_lost or after.is_hopeless
+            member.life = after.lost(error.is_final) if lost else after
             member.turn = 0 if lost else member.turn
             self.last_reason = str(error)
             self.changed.notify_all()

@@ -46,6 +46,7 @@ class Pool:
         self._keep, self._takes_turns, self._late_s = keep, takes_turns, late_s
         self._asked = len(workers)
         self._prepare, self._another = prepare, another
+        self._made: list[ThreadPoolExecutor] = []
         self._threads, self._senders = self._executors(len(workers))
         self._underway: dict[int, list[Future[Done]]] = {}
         self._waiting: Counter[int] = Counter()  # chunks of a version that no worker has begun
@@ -128,17 +129,19 @@ class Pool:
         from ending until its worker's deadline.
         """
         self._members.close()
-        for executor in (self._threads, self._senders):
+        for executor in self._made:
             executor.shutdown(wait=False, cancel_futures=True)
         for member in self._members.all:
             if not member.life.is_out:
                 member.worker.end()
-        for executor in (self._threads, self._senders):
+        for executor in self._made:
             executor.shutdown()
 
     def _executors(self, workers: int) -> tuple[ThreadPoolExecutor, ThreadPoolExecutor]:
         generate = ThreadPoolExecutor(workers, "generate", self._prepare)
-        return generate, ThreadPoolExecutor(workers, "receive")
+        receive = ThreadPoolExecutor(workers, "receive")
+        self._made += [generate, receive]
+        return generate, receive
 
     def _run(self, chunk: Chunk) -> Done:
         for attempt in range(ATTEMPTS):

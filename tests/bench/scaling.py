@@ -52,6 +52,9 @@ class Writer:
     def sleep(self) -> None:
         pass
 
+    def end(self) -> None:
+        pass
+
     def timed(self, chunk: Chunk) -> tuple[list[Rollout], Vitals]:
         made = [
             Rollout(r.prompt, i, self.tokens_R, self.logprobs_R, "", "eos", chunk.version)

@@ -12,7 +12,7 @@ from rich.console import Console
 from ppo_dist.config import Config
 from ppo_dist.config.workers import LearnerSection
 from ppo_dist.learner.engine import ZeroEngine
-from ppo_dist.learner.ranks import join_group
+from ppo_dist.learner.process_group import join_group
 from ppo_dist.run import train
 from ppo_dist.tracking.local import read_rows
 from tests.conftest import raw_config

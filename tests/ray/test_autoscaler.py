@@ -40,7 +40,11 @@ class Autoscaled:
 
     def nodes(self) -> int:
         """How many there are now."""
-        return sum("raylet/raylet" in process.cmdline()[0] for process in marked(self.mark))
+        count = 0
+        for process in marked(self.mark):
+            with contextlib.suppress(psutil.Error, IndexError):
+                count += "raylet/raylet" in process.cmdline()[0]
+        return count
 
 
 @pytest.fixture
@@ -84,7 +88,11 @@ def settings(address: str) -> dict[str, object]:
         "max_workers": 2,
         "upscaling_speed": 1.0,
         "idle_timeout_minutes": IDLE_MINUTES,
-        "provider": {"type": "fake_multinode", "gcs_address": address},
+        "provider": {
+            "type": "fake_multinode",
+            "use_node_id_as_ip": True,
+            "gcs_address": address,
+        },
         "auth": {},
         "file_mounts": {},
         "file_mounts_sync_continuously": False,

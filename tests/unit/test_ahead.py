@@ -167,6 +167,9 @@ class SleepyWorker:
         time.sleep(self._seconds)
         return self._engine.generate(chunk), Vitals(busy_s=self._seconds)
 
+    def end(self) -> None:
+        pass
+
 
 class SleepyLearners(FakeLearners):
     """Learners that take as long as they are told."""

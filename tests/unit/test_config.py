@@ -228,17 +228,12 @@ def test_an_override_turns_a_bare_kind_into_a_section(read) -> None:
 
 
 def test_a_bare_kind_of_the_base_becomes_a_section_too() -> None:
-    base = {"transport": "collective", "data": {"labelled": "a.jsonl"}}
-    top = {"transport": {"deadline_s": 5}, "data": {"labelled": {"path": "b.jsonl"}}}
+    base = {"learner": {"optimizer": "sgd"}, "data": {"labelled": "a.jsonl"}}
+    top = {"learner": {"optimizer": {"momentum": 0.9}}, "data": {"labelled": {"path": "b.jsonl"}}}
     assert on_top_of(base, top) == {
-        "transport": {"kind": "collective", "deadline_s": 5},
+        "learner": {"optimizer": {"kind": "sgd", "momentum": 0.9}},
         "data": {"labelled": {"path": "b.jsonl"}},
     }
-
-
-def test_transport_and_cluster_may_be_bare_kinds(read) -> None:
-    config = read({"transport": "disk", "cluster": "local"})
-    assert (config.transport.kind, config.cluster.kind) == ("disk", "local")
 
 
 @pytest.mark.parametrize("override", ["train.steps", "=3", "train..steps=3", ".steps=3"])

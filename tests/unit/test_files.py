@@ -121,9 +121,11 @@ def test_a_disk_that_is_full_is_told_in_whatever_words() -> None:
     assert files.disk_fault(hidden) == "torch could not write a file"
     assert files.disk_fault(remote) == "SafetensorError: I/O error: No space left on device"
     assert files.disk_fault(ValueError("no space")) is None
-    refused = PermissionError(errno.EACCES, "Permission denied", "/x")
-    assert files.disk_fault(refused) == "[Errno 13] Permission denied: '/x'"
-    assert files.disk_fault(PermissionError(errno.EACCES, "Permission denied")) is None, "a socket"
+    refused = PermissionError(errno.EACCES, "Permission denied", "/x/y")
+    assert files.disk_fault(refused, Path("/x")) == "[Errno 13] Permission denied: '/x/y'"
+    assert files.disk_fault(refused, Path("/z")) is None, "not of this run"
+    socket = PermissionError(errno.EACCES, "Permission denied")
+    assert files.disk_fault(socket, Path("/x")) is None
     assert files.disk_fault(OSError(errno.ESTALE, os.strerror(errno.ESTALE))) is not None
 
 

@@ -7,7 +7,7 @@ import torch
 
 from ppo_dist.config.workers import LearnerSection
 from ppo_dist.learner.engine import ZeroEngine
-from ppo_dist.learner.ranks import join_group
+from ppo_dist.learner.process_group import join_group
 
 MICRO_BATCHES, SIZE = 100, 16
 

@@ -101,11 +101,13 @@ def test_news_of_an_earlier_process_can_be_told() -> None:
     assert lived("lost", "restarted").starts == 1 and lived("started").starts == 0
 
 
-def test_so_many_failures_in_a_row_are_hopeless() -> None:
-    life = lived("started", "failed")
-    assert not life.is_hopeless and life.failed().is_hopeless
-    assert not life.failed().received(1).is_hopeless
-    assert not life.failed().lost().restarted().started().is_hopeless
+def test_so_many_versions_missed_in_a_row_are_hopeless() -> None:
+    life = Life().started().failed(1).failed(2)
+    assert not life.is_hopeless and life.failed(3).is_hopeless
+    assert not life.failed(2).is_hopeless, "the same version again, which is tried at once"
+    assert not life.failed().is_hopeless, "nor what has to do with none"
+    assert not life.received(3).failed(4).is_hopeless
+    assert not life.lost().restarted().started().failed(3).is_hopeless
 
 
 def test_versions_that_are_no_longer_kept_are_forgotten() -> None:

@@ -198,16 +198,18 @@ def test_one_that_never_receives_is_replaced() -> None:
 
 
 def test_failures_in_between_replace_nobody() -> None:
-    made, workers, _ = pool(2)
+    made, workers, events = pool(2)
     workers[0].refuses = {1, 2, 4, 5}
     for version in range(1, 7):
         assert made.load(Weights(version, (), again=False))
-    assert workers[0].replaced == 0
+    assert {3, 6} <= workers[0].received and workers[0].replaced == 0
+    assert [event["event"] for event in events] == [FAILED] * 4
     made.close()
 
 
 def test_closing_waits_for_no_worker() -> None:
     """What waits for one would keep the process from ending until the worker's deadline."""
+    before = {*threading.enumerate()}
     made, workers, _ = pool(2)
     for worker in workers:
         worker.gate = threading.Event()
@@ -217,7 +219,7 @@ def test_closing_waits_for_no_worker() -> None:
     made.close()
     assert time.monotonic() - begin < 5
     assert [worker.ends for worker in workers] == [1, 1]
-    assert not [t for t in threading.enumerate() if t.name.startswith("generate") and t.is_alive()]
+    assert {*threading.enumerate()} <= before
 
 
 def test_nobody_has_a_version_that_was_sent_once() -> None:

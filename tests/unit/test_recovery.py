@@ -309,10 +309,16 @@ def test_other_learners_from_the_next_checkpoint_on(
     def workers(config: Config, model_path: str, resume: Path | None) -> Iterator[Any]:
         seen.append(config.learner.workers)
         with real(config, model_path, resume) as parts:
-            if len(seen) == 1:
-                Scale(learners=3).ask(folder)
             yield parts
 
+    log = JsonLines.log
+
+    def logged(tracker: JsonLines, step: int, metrics: Any) -> None:
+        log(tracker, step, metrics)
+        if step == 1 and len(seen) == 1:
+            Scale(learners=3).ask(folder)
+
+    monkeypatch.setattr(JsonLines, "log", logged)
     cluster.workers = workers  # type: ignore[method-assign]
     assert run(monkeypatch, cluster, folder) == "done"
     assert seen == [1, 3]

@@ -1,4 +1,4 @@
-"""The process group of all learners."""
+"""What all learners communicate in."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import contextlib
 import datetime
 import importlib
 import os
-from collections.abc import Iterator
 
 import deepspeed
 import deepspeed.ops
 import torch
 from torch.distributed import distributed_c10d as c10d
 
-from ppo_dist.device import DeviceKind, backend
+from ppo_dist.device import DeviceKind, backend, environment
 
 
 def join_group(
@@ -33,7 +32,7 @@ def join_group(
     )
     # ZeRO imports DeepSpeed's Muon, which nothing here uses and which is compiled where it is
     # defined: torch's compiler alone takes 2 s to import
-    with _nothing_compiled():
+    with environment(TORCHDYNAMO_DISABLE="1"), contextlib.suppress(ImportError):
         importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
     # DeepSpeed compiles a shared-memory op at this point unless it is marked as not available
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -47,15 +46,3 @@ def limit_waits(deadline_s: float) -> None:
     """
     for group in list(c10d._world.pg_map):
         c10d._set_pg_timeout(datetime.timedelta(seconds=deadline_s), group)
-
-
-@contextlib.contextmanager
-def _nothing_compiled() -> Iterator[None]:
-    before = os.environ.get("TORCHDYNAMO_DISABLE")
-    os.environ["TORCHDYNAMO_DISABLE"] = "1"
-    try:
-        yield
-    finally:
-        del os.environ["TORCHDYNAMO_DISABLE"]
-        if before is not None:
-            os.environ["TORCHDYNAMO_DISABLE"] = before
