@@ -85,12 +85,14 @@ def resumed_at(folder: Path) -> list[int]:
 CHILD = """
 import importlib, os, signal, sys
 
-def dies(module, owner, name, call, after):
+def dies(module, owner, name, call, after, of=""):
     at = importlib.import_module(module)
     at = vars(at)[owner] if owner else at
     original, calls = vars(at)[name], 0
     def wrapped(*args, **kwargs):
         nonlocal calls
+        if of not in str(args[0]):
+            return original(*args, **kwargs)
         calls += 1
         if calls == call and not after:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -105,15 +107,17 @@ from ppo_dist.cli import main
 dies(*moment)
 sys.exit(main(command))
 """
-# (module, class, method, its call, whether right after it), and the step that the run goes on from;
-# calls count from 1
-DEATHS: dict[str, tuple[tuple[str, str | None, str, int, bool], int]] = {
+# (module, class, method, its call, whether right after it), perhaps what its first argument has in
+# it, and the step that the run goes on from; calls count from 1
+DEATHS: dict[str, tuple[tuple[Any, ...], int]] = {
     "in a step": (("ppo_dist.learner.worker", "LearnerWorker", "update", 3, False), 2),
-    "within the shards": (("ppo_dist.learner.engine", "ZeroEngine", "save", 4, True), 1),
+    # the first step is supervised: its checkpoint has no critic
+    "within the shards": (("ppo_dist.learner.engine", "ZeroEngine", "save", 2, True), 1),
     "before the manifest": (("ppo_dist.files", None, "_seal", 2, False), 1),
     "before its name": (("ppo_dist.files", None, "_seal", 2, True), 1),
     "before a removal": (("ppo_dist.files", None, "remove", 1, False), 2),
-    "within a removal": (("shutil", None, "rmtree", 2, False), 2),
+    # after calls for what may be left under that name, before it is written and before it goes
+    "within a removal": (("shutil", None, "rmtree", 3, False, ".step-00000001.writing"), 2),
     "before the row": (("ppo_dist.tracking.local", "JsonLines", "log", 3, False), 1),
     "in the final policy": (("ppo_dist.run", None, "_finish", 1, False), STEPS),
 }
