@@ -87,7 +87,9 @@ def test_profile(tmp_path: Path) -> None:
     assert "aten::mm" in operations
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize(
+    "stage", [3, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 2))]
+)
 def test_resume_at_other_zero_stages(tmp_path: Path, stage: int) -> None:
     learner = {"zero_stage": stage}
     assert run(config(tmp_path / "whole", 4, learner=learner)) == 0

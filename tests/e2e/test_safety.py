@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +28,10 @@ def test_a_run_that_blows_up_stops_with_what_it_skipped(
         folder, train={"steps": 20}, learner={"lr": 1e30}, eval={"every": 5}, mix={"prompts": 4}
     )
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(raw))
-    command = [sys.executable, "-m", "ppo_dist", "train", str(tmp_path / "config.yaml")]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 3, result.stderr
-    assert "3 updates in a row were not finite" in result.stdout
-    assert "Traceback" not in result.stderr
+    assert main(["train", str(tmp_path / "config.yaml")]) == 3
+    told = capsys.readouterr()
+    assert "3 updates in a row were not finite" in told.out
+    assert "Traceback" not in told.err
     rows = [strict(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert sum(row["guard/skipped_updates"] or 0 for row in rows) >= 3 and len(rows) < 10
     events = [strict(line) for line in (folder / "events.jsonl").read_text().splitlines()]

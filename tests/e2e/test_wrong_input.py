@@ -109,13 +109,12 @@ def test_missing_config_and_bad_override(tmp_path: Path) -> None:
     assert result.returncode == 2 and "key.sub=value" in result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cluster", "learner", "words"),
     [
         ({"device": "cuda"}, {}, ["2 GPUs asked for, 0 found"]),
-        pytest.param(
-            {"cpus": 2}, {"workers": 64}, ["65 CPUs asked for, 2 found"], marks=pytest.mark.slow
-        ),
+        ({"cpus": 2}, {"workers": 64}, ["65 CPUs asked for, 2 found"]),
     ],
 )
 def test_more_than_the_cluster_has(

@@ -87,4 +87,4 @@ def test_the_readme_says_what_the_cluster_configs_need() -> None:
     files = (ROOT / "configs" / "cluster").glob("*.yaml")
     assert any("vllm" in str(yaml.safe_load(file.read_text())) for file in files)
     cluster = (ROOT / "README.md").read_text().split("\n## On a cluster\n")[1].split("### Ray")[0]
-    assert "PPO_DIST_EXTRAS=vllm" in cluster
+    assert "PPO_DIST_EXTRAS=dev,vllm" in cluster

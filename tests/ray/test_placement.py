@@ -14,6 +14,7 @@ import yaml
 
 from tests.conftest import raw_config
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent.parent
 TENSOR_PARALLEL = {"engine": {"kind": "vllm", "tensor_parallel": 2}, "cpus": 1}
 
@@ -35,10 +36,7 @@ def seen(
     )  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize(
-    ("nodes", "gpus"),
-    [(2, 4), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, 8), (4, 2)))],
-)
+@pytest.mark.parametrize(("nodes", "gpus"), [(2, 4), (1, 8), (4, 2)])
 def test_split_workers_share_no_gpu(tmp_path: Path, nodes: int, gpus: int) -> None:
     raw = raw_config(
         tmp_path,
@@ -55,7 +53,6 @@ def test_split_workers_share_no_gpu(tmp_path: Path, nodes: int, gpus: int) -> No
     assert on == sorted(on), "neighbouring ranks stand together"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("nodes", "gpus"), [(2, 4), (4, 2)])
 def test_colocated_workers_stand_with_their_learners(tmp_path: Path, nodes: int, gpus: int) -> None:
     raw = raw_config(
@@ -72,7 +69,6 @@ def test_colocated_workers_stand_with_their_learners(tmp_path: Path, nodes: int,
     )
 
 
-@pytest.mark.slow
 def test_a_colocated_rollout_worker_sees_the_gpus_of_its_learners(tmp_path: Path) -> None:
     raw = raw_config(
         tmp_path,

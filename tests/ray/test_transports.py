@@ -151,6 +151,7 @@ def ends(kind: str, folder: Path) -> tuple[Any, Any]:
     )
 
 
+@pytest.mark.slow
 def test_a_dead_worker_is_replaced_and_serves_only_what_it_was_given(rig: Rig) -> None:
     ray.kill(rig.workers[0]._actor)
     assert rig.publish(2) < DEADLINE_S
