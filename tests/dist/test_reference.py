@@ -390,30 +390,43 @@ def test_agrees_with_the_reference_on_the_whole_grid(
     check(case, probes, tiny_models, tmp_path)
 
 
+PLAIN = Coefficients(1.0, 0.5, 0.5, 0.0, 0.0, 0.02, 0.3)
+
+
+def with_momentum(case: Case, run_folder: Path, dtype: str = "fp32") -> Config:
+    raw = algorithm(run_folder, case).model_dump(mode="json")
+    raw["learner"] |= {"optimizer": {"kind": "sgd", "momentum": 0.9}, "dtype": dtype}
+    return Config.model_validate(raw)
+
+
+def two_updates(group: Probes, config: Config, folder: Path) -> tuple[Learners, Any, Any]:
+    """Learners that have just started, and what they are to learn from in two updates."""
+    scored, labelled = work()[0]
+    group.start(config, str(folder))
+    learners = Learners(group, 48)
+    annotated = learners.annotate([s.rollout for s in scored])
+    sequences = Experience(config.algorithm, Gae())(scored, annotated, True)
+    first, second, *_ = updates_of(config, sequences, labelled, 0)
+    return learners, first, second
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_an_update_that_is_not_finite_changes_nothing(
     stage: int, probes: Callable[[int], Probes], tiny_models: dict[str, Path], tmp_path: Path
 ) -> None:
     """Neither parameters nor the optimizer's momentum, of policy and critic alike."""
     case = Case(stage, 2, 48, "none", False, "mixed", "gpt2")
-    raw = algorithm(tmp_path, case).model_dump(mode="json")
-    raw["learner"]["optimizer"] = {"kind": "sgd", "momentum": 0.9}
-    config, group = Config.model_validate(raw), probes(2)
-    coefficients = Coefficients(1.0, 0.5, 0.5, 0.0, 0.0, 0.02, 0.3)
-    scored, labelled = work()[0]
+    config, group = with_momentum(case, tmp_path), probes(2)
 
     def after(poisoned: bool) -> dict[str, Any]:
-        group.start(config, str(tiny_models["gpt2"]))
-        learners = Learners(group, 48)
-        sequences = Experience(config.algorithm, Gae())(scored, learners.annotate([s.rollout for s in scored]), True)
-        first, second, *_ = updates_of(config, sequences, labelled, 0)
+        learners, first, second = two_updates(group, config, tiny_models["gpt2"])
         bad = replace(
             first[0],
             advantages_R=np.full_like(first[0].advantages_R, np.nan),
             returns_R=np.full_like(first[0].returns_R, np.inf),
         )
         middle = [[bad, *first[1:]]] if poisoned else []
-        report = learners.update([first, *middle, second], coefficients)
+        report = learners.update([first, *middle, second], PLAIN)
         assert [u.skipped for u in report.updates] == [False, *[True] * len(middle), False]
         return group.call(Probe.weights, [()] * 2)[0]
 
@@ -440,25 +453,18 @@ def test_one_rank_with_a_gradient_that_is_no_number(
     tmp_path: Path,
 ) -> None:
     """All ranks leave the update out, though only one has seen it, and go on as if it had not been."""
-    case = Case(stage, 2, 48, "none", False, "mixed", "gpt2")
-    raw = algorithm(tmp_path, case).model_dump(mode="json")
-    raw["learner"] |= {"optimizer": {"kind": "sgd", "momentum": 0.9}, "dtype": dtype, "offload": offload}
-    config, group = Config.model_validate(raw), probes(2)
-    coefficients = Coefficients(1.0, 0.5, 0.5, 0.0, 0.0, 0.02, 0.3)
-    scored, labelled = work()[0]
+    case = Case(stage, 2, 48, offload, False, "mixed", "gpt2")
+    config, group = with_momentum(case, tmp_path, dtype), probes(2)
 
     def after(spoilt: bool) -> dict[str, Any]:
-        group.start(config, str(tiny_models["gpt2"]))
-        learners = Learners(group, 48)
-        sequences = Experience(config.algorithm, Gae())(scored, learners.annotate([s.rollout for s in scored]), True)
-        first, second, *_ = updates_of(config, sequences, labelled, 0)
-        learners.update([first], coefficients)
+        learners, first, second = two_updates(group, config, tiny_models["gpt2"])
+        learners.update([first], PLAIN)
         if spoilt:
             group.call(Probe.spoil, [(1,)] * 2)
-            report = learners.update([first], coefficients)
+            report = learners.update([first], PLAIN)
             assert [u.skipped for u in report.updates] == [True]
             group.call(Probe.spoil, [(None,)] * 2)
-        learners.update([second], coefficients)
+        learners.update([second], PLAIN)
         return group.call(Probe.weights, [()] * 2)[0]
 
     with_it, without = after(True), after(False)
