@@ -180,8 +180,9 @@ class Transport(Section):
     deadline_s: float = Field(
         120,
         gt=0,
-        description="how long a version may take to all rollout workers, half of it to be sent and "
-        "half to arrive; then the others go on without those that are late",
+        description="how long a version may take to all rollout workers, half of it to be sent (by "
+        "collective a sixth of the whole for their answers, to meet, and for each bucket) and half "
+        "to arrive; then the others go on without those that are late",
     )
 
     @property
