@@ -47,7 +47,11 @@ VICTIMS = ("rollout worker", "learner", "driver")
 
 
 def role(process: psutil.Process) -> str | None:
-    words = " ".join(process.cmdline()[:3])
+    """None too of one that has ended meanwhile."""
+    try:
+        words = " ".join(process.cmdline()[:3])
+    except psutil.Error:
+        return None
     return next((role for sign, role in ROLES.items() if sign in words), None)
 
 
