@@ -48,7 +48,7 @@ def config(folder: Path, kind: str, is_hasty: bool = False, **cluster: Any) -> d
             "deadline_s": 8 if is_hasty else 600,
         },
         # by collective a sixth of it for an answer, which a cut of 12 s may delay by 25: TCP tries
-        # again after 12.6 s, and then not before
+        # again after 12.6 s, and then after 25.4
         transport={"kind": kind, "deadline_s": 4 if is_hasty else 240},
         cluster={"kind": "ray", "wait_s": 60, **cluster},
     )
