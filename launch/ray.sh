@@ -6,7 +6,9 @@ die() { echo "${0##*/}: $*" >&2; exit 2; }
 # What is common to every node: token authentication, nothing reported to anybody, no environment in logs (at level
 # info Ray's runtime-env agent writes down the environment of every job, values included).
 export RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0 RAY_LOGGER_LEVEL=${RAY_LOGGER_LEVEL:-warning}
-# of actors that ended the head keeps hundreds of kilobytes each, 100,000 of them if nobody says so, and of processes
+# of calls the head keeps 3 KB each for its dashboard, of actors and processes that ended hundreds, 100,000 of each if
+# nobody says so
+export RAY_task_events_max_num_task_in_gcs=${RAY_task_events_max_num_task_in_gcs:-10000}
 export RAY_maximum_gcs_destroyed_actor_cached_count=${RAY_maximum_gcs_destroyed_actor_cached_count:-100}
 export RAY_maximum_gcs_dead_worker_cached_count=${RAY_maximum_gcs_dead_worker_cached_count:-100}
 

@@ -30,6 +30,13 @@ from ppo_dist.device import DeviceKind
 
 logger = logging.getLogger(__name__)
 TOLD_AFTER_S = 5.0  # of a wait for room in the cluster
+# else Ray's head would keep, for its dashboard, 3 KB of every call and hundreds of every actor and
+# process that ended, up to 100,000 of each; the first counts in who calls, the others in the head
+WITHOUT_DASHBOARD = {
+    "RAY_task_events_report_interval_ms": "0",
+    "RAY_maximum_gcs_destroyed_actor_cached_count": "10",
+    "RAY_maximum_gcs_dead_worker_cached_count": "10",
+}
 
 
 @dataclass(frozen=True)
@@ -79,11 +86,8 @@ def session(cluster: Cluster) -> Iterator[None]:
                 "token in RAY_AUTH_TOKEN, or in the file RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token?)"
             ) from None
     else:
-        # for a dashboard that is off its head would keep 3 KB of every call and hundreds of every
-        # actor and process that ended, up to 100,000 of each
-        os.environ.setdefault("RAY_task_events_report_interval_ms", "0")
-        for what in ("destroyed_actor", "dead_worker"):
-            os.environ.setdefault(f"RAY_maximum_gcs_{what}_cached_count", "10")
+        for name, value in WITHOUT_DASHBOARD.items():
+            os.environ.setdefault(name, value)
         ray.init(
             address="local",
             num_cpus=cluster.cpus,

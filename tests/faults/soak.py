@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 
+from ppo_dist.cluster.session import WITHOUT_DASHBOARD
 from ppo_dist.tracking.local import read_rows
 from tests.faults.test_interrupts import marked
 
@@ -118,7 +119,8 @@ class Soak:
     def __init__(self, folder: Path, steps: int, kills: int, mark: str, address: str) -> None:
         self.folder, self.steps = folder, steps
         self._mark = mark
-        self._env = {**os.environ, "PPO_DIST_MARK": mark, "RAY_ADDRESS": address}
+        self._env = {**os.environ, **WITHOUT_DASHBOARD}
+        self._env |= {"PPO_DIST_MARK": mark, "RAY_ADDRESS": address}
         draw = random.Random(0)
         at = sorted(draw.sample(range(5, steps - 5), kills))
         self.plan = [
