@@ -51,13 +51,16 @@ class _Softmax(torch.autograd.Function):
         parts = []
         for h, target, temperature in _chunks(chunk, hidden_KH, targets_K, temperature_K):
             logits = _logits(h, weight_VH, bias_V, temperature)
-            total = logits.logsumexp(-1)
-            logprobs = logits.gather(-1, target[:, None])[:, 0] - total
-            likeliest = (logits.argmax(-1) == target).to(logits.dtype)
-            probabilities = (logits - total[:, None]).exp_()
-            parts.append((logprobs, total - torch.linalg.vecdot(probabilities, logits), likeliest))
-        logprobs_K, entropy_K, is_argmax_K = map(torch.cat, zip(*parts, strict=True))
-        ctx.save_for_backward(hidden_KH, weight_VH, bias_V, targets_K, temperature_K, entropy_K)
+            top, own = logits.amax(-1), logits.gather(-1, target[:, None])[:, 0]
+            weights = (logits - top[:, None]).exp_()
+            sums = weights.sum(-1)
+            total = top + sums.log()
+            entropy = total - torch.linalg.vecdot(weights, logits) / sums
+            parts.append((own - total, entropy, (own == top).to(logits.dtype), total))
+        logprobs_K, entropy_K, is_argmax_K, total_K = map(torch.cat, zip(*parts, strict=True))
+        ctx.save_for_backward(
+            hidden_KH, weight_VH, bias_V, targets_K, temperature_K, total_K, entropy_K
+        )
         ctx.chunk = chunk
         ctx.mark_non_differentiable(is_argmax_K)
         return logprobs_K, entropy_K, is_argmax_K
@@ -70,21 +73,23 @@ class _Softmax(torch.autograd.Function):
         """With p = softmax(z / T): d log p_i / dz_j = (1[i=j] − p_j) / T, and
         dH / dz_j = −p_j (log p_j + H) / T.
         """
-        hidden_KH, weight_VH, bias_V, targets_K, temperature_K, entropy_K = ctx.saved_tensors
+        hidden_KH, weight_VH, bias_V, targets_K, temperature_K, *of_states = ctx.saved_tensors
         d_hidden_KH = torch.empty_like(hidden_KH)
         d_weight = torch.zeros_like(weight_VH) if ctx.needs_input_grad[1] else None
         d_bias = torch.zeros_like(bias_V) if ctx.needs_input_grad[2] else None
         with_entropy = bool(d_entropy_K.any())
-        columns = (hidden_KH, targets_K, temperature_K, d_logprobs_K, d_entropy_K, entropy_K)
+        outer = (d_logprobs_K / temperature_K, d_entropy_K / temperature_K)
+        columns = (hidden_KH, targets_K, temperature_K, *of_states, *outer)
         begin = 0
-        for h, target, temperature, d_logprobs, d_entropy, entropy in _chunks(ctx.chunk, *columns):
-            table = _logits(h, weight_VH, bias_V, temperature).log_softmax(-1)
-            p = table.exp()
-            d_logits = p * -d_logprobs[:, None]
-            d_logits.scatter_add_(-1, target[:, None], d_logprobs[:, None])
+        for h, target, temperature, total, entropy, *d_outer in _chunks(ctx.chunk, *columns):
+            d_logprobs, d_entropy = (d[:, None] for d in d_outer)
+            table = _logits(h, weight_VH, bias_V, temperature).sub_(total[:, None])
+            factor = -d_logprobs
             if with_entropy:
-                d_logits -= p * (table + entropy[:, None]) * d_entropy[:, None]
-            d_logits = (d_logits / temperature[:, None]).to(weight_VH.dtype)
+                factor = (table + entropy[:, None]).mul_(-d_entropy).sub_(d_logprobs)
+            d_logits = table.exp_().mul_(factor)
+            d_logits.scatter_add_(-1, target[:, None], d_logprobs)
+            d_logits = d_logits.to(weight_VH.dtype)
             torch.mm(d_logits, weight_VH, out=d_hidden_KH[begin : begin + len(h)])
             if d_weight is not None:
                 d_weight.addmm_(d_logits.T, h)
@@ -106,4 +111,4 @@ def _logits(
 ) -> torch.Tensor:
     logits_KV = F.linear(hidden_KH, weight_VH, bias_V)
     wide = torch.promote_types(logits_KV.dtype, torch.float32)
-    return logits_KV.to(wide) / temperature_K[:, None]
+    return logits_KV.to(wide).div_(temperature_K[:, None])
