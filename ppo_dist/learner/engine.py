@@ -16,7 +16,6 @@ Five settings are what keeps gradients right here (each is held by a test):
 from __future__ import annotations
 
 import gc
-import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,12 +30,9 @@ from ppo_dist.config.workers import AdamW, LearnerSection
 from ppo_dist.device import DTYPES, available
 from ppo_dist.learner import shards
 from ppo_dist.learner.process_group import limit_waits
+from ppo_dist.learner.unsharded import Unsharded
 
 M = TypeVar("M", bound=nn.Module)
-
-
-class _NotFinite(Exception):
-    """Ends a step before the optimizer changes anything; the same on all ranks."""
 
 
 def _zero_config(learner: LearnerSection, max_grad_norm: float = 0.0) -> dict[str, Any]:
@@ -57,7 +53,7 @@ def _zero_config(learner: LearnerSection, max_grad_norm: float = 0.0) -> dict[st
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": bf16},
         "data_types": data_types,
-        # at stage 0 DeepSpeed does not tell the norm, so the clipping is done in _clip_and_measure
+        # at stage 0 DeepSpeed does not tell the norm, so Unsharded clips
         "gradient_clipping": max_grad_norm if learner.zero_stage > 0 else 0.0,
         "steps_per_print": 10**9,
     }
@@ -109,18 +105,14 @@ class ZeroEngine:
         """
         optimizer = _optimizer(_groups(module, apart), learner)
         self._stage = learner.zero_stage
-        self._max_norm = max_grad_norm
-        self._norm: float | None = None
-        if self._stage == 0:
-            optimizer.register_step_pre_hook(self._clip_and_measure)
         self._engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=_zero_config(learner, max_grad_norm)
         )
         limit_waits(learner.deadline_s)
         self._world = torch.distributed.get_world_size()
-        if self._stage == 0 and self._world == 1:
-            # else all gradients are copied into one buffer, summed over nobody, and copied back
-            self._engine.enable_backward_allreduce = False
+        self._unsharded = None
+        if self._stage == 0:
+            self._unsharded = Unsharded(self._engine, optimizer, max_grad_norm)
         self._asleep: list[tuple[torch.Tensor, torch.device]] = []  # and where they belong
 
     def __call__(self, *args: Any) -> Any:
@@ -171,22 +163,10 @@ class ZeroEngine:
         """
         for group, lr in zip(self._engine.optimizer.param_groups, lrs, strict=True):
             group["lr"] = lr
-        if self._stage > 0:  # DeepSpeed itself leaves a step out whose norm is not finite
-            self._engine.step()
-            return float(self._engine.get_global_grad_norm())
-        try:
-            self._engine.step()
-        except _NotFinite:
-            self._engine.optimizer.zero_grad()
-        assert self._norm is not None, "the optimizer's hook runs in every step"
-        return self._norm
-
-    def _clip_and_measure(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        limit = self._max_norm if self._max_norm > 0 else float("inf")
-        self._norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
-        if not math.isfinite(self._norm):
-            raise _NotFinite
+        if self._unsharded is not None:
+            return self._unsharded.step()
+        self._engine.step()  # DeepSpeed itself leaves a step out whose norm is not finite
+        return float(self._engine.get_global_grad_norm())
 
     def parameters(self, bucket_bytes: int) -> Iterator[tuple[str, torch.Tensor]]:
         """All parameters whole, name by name; under ZeRO-3 at most about `bucket_bytes` of them
