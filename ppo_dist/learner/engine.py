@@ -116,6 +116,8 @@ class ZeroEngine:
         self._asleep: list[tuple[torch.Tensor, torch.device]] = []  # and where they belong
 
     def __call__(self, *args: Any) -> Any:
+        if self._unsharded is not None and torch.is_grad_enabled():
+            self._unsharded.hold_gradients()
         return self._engine(*args)
 
     def sleep(self) -> None:

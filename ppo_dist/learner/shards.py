@@ -78,8 +78,8 @@ def write(folder: Path, rank: int, pieces: Sequence[Piece], state: State) -> Non
 
 
 def read(folder: Path, pieces: Sequence[Piece], state: State | None = None) -> None:
-    """Fills a rank's pieces, and the state of its optimizer, which has none yet; without it, the
-    weights alone.
+    """Fills a rank's pieces, and the state of its optimizer, which has made no step; without it,
+    the weights alone.
 
     Raises:
         InputError: a file or a parameter is not there, has another size or cannot be read; names

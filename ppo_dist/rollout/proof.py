@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from ppo_dist.protocols import NamedTensors, WeightsError
 
 LOUDNESS = 0.3  # of the noise, in standard deviations of a parameter
+LEAST = 0.02  # of the noise: norms begin as ones, and biases as zeros
 TOLERANCE = 1e-3  # nats; of two implementations in fp32
 ROUNDING = 2.0  # as often the error that rounding makes in the learners' own number format
 
@@ -37,7 +38,8 @@ def prove_loading(
     with torch.no_grad():
         for parameter in lm.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.add_((LOUDNESS * parameter.float().std() * noise).to(parameter.dtype))
+            size = max(LEAST, LOUDNESS * float(parameter.float().std(correction=0)))
+            parameter.add_((size * noise).to(parameter.dtype))
     after, allowed_after = _expected(lm, tokens_BT)
     assert float((after - before).abs().mean()) > 4 * allowed_after, "not loud enough to tell"
     for version, expected, allowed, weights in (

@@ -135,7 +135,7 @@ class CollectiveReceiver:
         self._kind, self._deadline_s, self._keep = kind, deadline_s, keep
         self._arrived = threading.Condition()
         self._versions: dict[int, list[Bucket]] = {}
-        self._spoiled: dict[int, str] = {}  # versions that came with other bytes
+        self._failed: dict[int, str] = {}  # versions that came with other bytes, or will not come
         self._problem: str | None = None
         self._id: int | None = None
         self._has_ended = False
@@ -156,7 +156,7 @@ class CollectiveReceiver:
         version = weights.version
 
         def is_settled() -> bool:
-            return version in self._versions or version in self._spoiled or self._has_ended
+            return version in self._versions or version in self._failed or self._has_ended
 
         with self._arrived:
             self._arrived.wait_for(is_settled, deadline_s)
@@ -164,8 +164,8 @@ class CollectiveReceiver:
                 return
             if self._has_ended:
                 raise ConnectionError(f"the learners cannot be reached any more: {self._problem}")
-            if version in self._spoiled:
-                raise WeightsError(f"version {version}: {self._spoiled[version]}")
+            if version in self._failed:
+                raise WeightsError(f"version {version}: {self._failed[version]}")
             raise WeightsError(
                 f"version {version} did not arrive in {deadline_s:g} s"
                 + (f": {self._problem}" if self._problem else "")
@@ -204,18 +204,22 @@ class CollectiveReceiver:
         """Takes part in every version from the call under way on."""
         call = max(self._store.add("calls", 0), 1)
         while True:
+            version = None
             try:
                 self._store.set_timeout(FOREVER)
                 version = int(self._store.get(f"call/{call}"))
                 # the sender itself may wait that long, for another receiver
                 self._store.set_timeout(timedelta(seconds=2 * self._deadline_s))
-                is_over = self._store.add("calls", 0) > call
-                if is_over or not self._takes_part(call, version):
+                if self._store.add("calls", 0) > call:  # it is over
                     self._register()
+                else:
+                    self._take_part(call, version)
             except RuntimeError as error:
                 self._problem = str(error).splitlines()[0]
                 if not self._registers_again():
                     return
+                if version is not None:
+                    self._settle(version, [], f"it did not arrive: {self._problem}")
             call += 1
 
     def _registers_again(self) -> bool:
@@ -226,8 +230,27 @@ class CollectiveReceiver:
             return False
         return True
 
-    def _takes_part(self, call: int, version: int) -> bool:
-        """Whether it was in time to be one of those who do."""
+    def _take_part(self, call: int, version: int) -> None:
+        """Receives the version, or tells whoever waits for it that it will not come.
+
+        Raises:
+            RuntimeError: the sender or the group failed.
+        """
+        with self._arrived:  # before the sender can know that this receiver is there
+            self._failed.pop(version, None)
+        if not self._joins(call):
+            self._register()
+            self._settle(version, [], "it did not arrive: this worker answered too late")
+            return
+        found: list[Bucket] = []
+        problem = None
+        for bucket in self._buckets(call):
+            found.append(bucket)
+            problem = problem or _changed(bucket)  # while the next one is made
+        self._settle(version, found, problem)  # a changed one is its own affair: the group stays
+
+    def _joins(self, call: int) -> bool:
+        """Whether it is in time to be one of those who take part, and then of their group."""
         self._store.set(f"here/{call}/{self._id}", "")
         chosen = json.loads(self._store.get(f"members/{call}"))
         if self._id not in chosen["members"]:
@@ -241,23 +264,18 @@ class CollectiveReceiver:
                 self._deadline_s / PHASES,
             )
             self._name = chosen["group"]
-        with self._arrived:
-            self._spoiled.pop(version, None)
-        found: list[Bucket] = []
-        problem = None
-        for bucket in self._buckets(call):
-            found.append(bucket)
-            problem = problem or _changed(bucket)  # while the next one is made
+        return True
+
+    def _settle(self, version: int, found: list[Bucket], problem: str | None) -> None:
         with self._arrived:
             if problem is None:
                 self._versions[version], self._problem = found, None
-            else:  # an affair of its own: the group stays as it is
-                self._spoiled[version] = problem
-            for kept in (self._versions, self._spoiled):
+            else:
+                self._failed[version] = problem
+            for kept in (self._versions, self._failed):
                 for old in sorted(kept)[: -self._keep]:
                     del kept[old]
             self._arrived.notify_all()
-        return True
 
     def _buckets(self, call: int) -> Iterator[Bucket]:
         number = 0
