@@ -34,7 +34,7 @@ def look(folder: str, token: str, packages: Sequence[str]) -> dict[str, Any]:
         "time": time.time(),
         "versions": {name: installed(name) for name in packages},
         "device": device.described(),
-        "has_gpu": device.available() == "cuda",
+        "has_gpu": device.gpus() > 0,
         "has_driver": NVIDIA.exists(),
         "shm_gb": shutil.disk_usage("/dev/shm").total / 1e9 if Path("/dev/shm").is_dir() else None,
         "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],

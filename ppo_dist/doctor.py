@@ -217,23 +217,22 @@ def _round_trips(those: Sequence[Any]) -> Iterator[Verdict]:
     from ppo_dist.cluster.network import round_trip
     from ppo_dist.cluster.survey import ask, free_gpus
 
-    groups: list[tuple[device.DeviceKind, Sequence[Any]]] = [("cpu", those)]
+    groups: list[tuple[device.DeviceKind, Sequence[Any], bool]] = [("cpu", those, False)]
     if gpus := sum(host.gpus for host in those):
         if free_gpus() == gpus:
-            groups.append(("cuda", [host for host in those if host.gpus]))
+            groups.append(("cuda", [host for host in those if host.gpus], True))
         else:
             yield Verdict("nccl", "warning", "not tried: GPUs are in use", "ask again later")
-    for kind, members in groups:
+    for kind, members, with_gpu in groups:
         what = f"{device.backend(kind)} between {len(members)} node(s)"
         answers = ask(_free_port, members[:1], [()], ROUND_TRIP_S)
         if answers[0].problem is None:
             at = (members[0].address, answers[0].value, ROUND_TRIP_BYTES, ROUND_TRIP_S)
             arguments = [(kind, rank, len(members), *at) for rank in range(len(members))]
-            answers = ask(round_trip, members, arguments, 2 * ROUND_TRIP_S, kind == "cuda")
+            answers = ask(round_trip, members, arguments, 2 * ROUND_TRIP_S, with_gpu)
         problems = [f"{a.host.address}: {a.problem}" for a in answers if a.problem is not None]
         if problems:
-            names = "GLOO_SOCKET_IFNAME" if kind == "cpu" else "NCCL_SOCKET_IFNAME, NCCL_DEBUG=INFO"
-            fix = f"open all ports between the nodes; {names}"
+            fix = f"open all ports between the nodes; {device.network_settings(kind)}"
             yield Verdict(what, "wrong", "; ".join(problems), fix)
         else:
             seconds = max(answer.value for answer in answers)

@@ -77,15 +77,30 @@ def test_import_table() -> None:
     assert not wrong, "\n".join(wrong)
 
 
+def depends_on_cuda(node: ast.AST) -> bool:
+    """Whether it is torch.cuda, a comparison with "cuda", or a device of that name."""
+    if isinstance(node, ast.Attribute):
+        return ast.unparse(node) == "torch.cuda"
+    if isinstance(node, ast.Compare):
+        return any(ast.unparse(part) == "'cuda'" for part in (node.left, *node.comparators))
+    return isinstance(node, ast.Call) and ast.unparse(node).startswith("torch.device('cuda'")
+
+
 def test_one_module_knows_cuda() -> None:
     """Whatever depends on the device stands in device.py; others may say its name."""
-    asked = [
-        f"{path.relative_to(ROOT)}:{node.lineno}"
+    asked = {
+        (str(path.relative_to(ROOT)), ast.unparse(node))
         for path in sorted(ROOT.rglob("*.py"))
         for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.cuda"
-    ]
-    assert asked and all(place.startswith("device.py:") for place in asked), asked
+        if depends_on_cuda(node)
+    }
+    assert ("device.py", "torch.cuda") in asked
+    others = {(file, text) for file, text in asked if file != "device.py"}
+    assert others == {
+        ("cluster/layout.py", "device == 'cuda'"),  # whether workers take GPUs of a cluster
+        ("cluster/layout.py", "made.device == 'cuda'"),
+        ("doctor.py", "config.cluster.device != 'cuda'"),  # what a user asks for
+    }
 
 
 def test_config_is_light() -> None:

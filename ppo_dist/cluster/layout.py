@@ -9,6 +9,7 @@ from ppo_dist.config import Config, InputError, reward_models
 from ppo_dist.device import DeviceKind
 
 Bundle = dict[str, float]
+TOLD_NODES = 8
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,20 @@ def difference(bundles: Sequence[Bundle], found: Mapping[str, float]) -> str:
         if asked > found.get(kind, 0.0):
             parts.append(f"{asked:g} {kind}s asked for, {found.get(kind, 0.0):g} found")
     return ", ".join(parts)
+
+
+def scattered(bundles: Sequence[Bundle], free: Sequence[Node]) -> str:
+    """What is asked for on one node and what nodes have free, in words, where it is enough in all:
+    those with the most room, since a cluster may have hundreds.
+    """
+    largest = max(bundles, key=lambda bundle: (bundle.get("GPU", 0.0), bundle["CPU"]))
+    most = sorted(free, key=lambda node: (node.gpus, node.cpus), reverse=True)[:TOLD_NODES]
+    found = "; ".join(f"{node.cpus:g} CPUs and {node.gpus:g} GPUs" for node in most)
+    return (
+        f"{len(bundles)} more bundles asked for, the largest of {largest['CPU']:g} CPUs and "
+        f"{largest.get('GPU', 0.0):g} GPUs on one node; found free on the nodes with the most "
+        f"room: {found or 'nothing'}"
+    )
 
 
 def _split(config: Config, device: DeviceKind, has_learners: bool, has_rollouts: bool) -> Layout:

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import ray
+from ray._private.state import available_resources_per_node
 from ray.exceptions import AuthenticationError
 from ray.util.placement_group import (
     PlacementGroup,
@@ -23,7 +24,7 @@ from ray.util.placement_group import (
     remove_placement_group,
 )
 
-from ppo_dist.cluster.layout import Layout, Node, Slot, bundle_of, difference, layout
+from ppo_dist.cluster.layout import Layout, Node, Slot, bundle_of, difference, layout, scattered
 from ppo_dist.config import Config, InputError
 from ppo_dist.config.workers import Cluster
 from ppo_dist.device import DeviceKind
@@ -105,8 +106,11 @@ def session(cluster: Cluster) -> Iterator[None]:
 
 def nodes() -> list[Node]:
     """Of the cluster that is connected."""
-    found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return [Node(has.get("CPU", 0.0), has.get("GPU", 0.0)) for has in found]
+    return [_node(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+
+
+def _node(has: Mapping[str, float]) -> Node:
+    return Node(has.get("CPU", 0.0), has.get("GPU", 0.0))
 
 
 def fitting(config: Config, has_learners: bool = True, has_rollouts: bool = True) -> Layout:
@@ -179,7 +183,10 @@ def _lacking(wanted: Layout, reserved: Sequence[int]) -> str:
     found = Counter(ray.available_resources())
     for number in reserved:
         found.update(wanted.bundles[number])
-    return difference(wanted.bundles, found) or "what is free is spread over too many nodes"
+    if lacking := difference(wanted.bundles, found):
+        return lacking
+    rest = [bundle for number, bundle in enumerate(wanted.bundles) if number not in set(reserved)]
+    return scattered(rest, [_node(free) for free in available_resources_per_node().values()])
 
 
 def _nodes(

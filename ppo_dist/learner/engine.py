@@ -27,7 +27,7 @@ from torch import nn
 from transformers.integrations import HfDeepSpeedConfig
 
 from ppo_dist.config.workers import AdamW, LearnerSection
-from ppo_dist.device import DTYPES, available
+from ppo_dist.device import DTYPES, pins_memory
 from ppo_dist.learner import shards
 from ppo_dist.learner.process_group import limit_waits
 from ppo_dist.learner.unsharded import Unsharded
@@ -43,7 +43,7 @@ def _zero_config(learner: LearnerSection, max_grad_norm: float = 0.0) -> dict[st
         data_types["grad_accum_dtype"] = "fp32"
         zero["stage"] = max(learner.zero_stage, 2 if bf16 else 0)
     if learner.offload == "cpu":
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": available() == "cuda"}
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": pins_memory()}
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,

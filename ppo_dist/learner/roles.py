@@ -134,7 +134,8 @@ class Roles:
     def _begin_reinforcement(self) -> None:
         """Fixes the reference and starts the critic, both from the policy as it is now.
 
-        They come through a folder on disk, so that under ZeRO-3 no rank ever holds a whole model.
+        They come through a folder on disk, so that under ZeRO-3 no rank's device ever holds a whole
+        model.
         """
         self._reinforced, current = True, self._model_path
         if self.is_trained and (self._resets_reference or self._critic_starts_from_policy):

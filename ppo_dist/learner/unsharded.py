@@ -8,7 +8,6 @@ import math
 from typing import Any
 
 import torch
-from deepspeed import DeepSpeedEngine
 
 
 class _NotFinite(Exception):
@@ -16,11 +15,9 @@ class _NotFinite(Exception):
 
 
 class Unsharded:
-    """The optimizer's steps of an engine at stage 0."""
+    """The optimizer's steps of a DeepSpeed engine at stage 0."""
 
-    def __init__(
-        self, engine: DeepSpeedEngine, optimizer: torch.optim.Optimizer, max_grad_norm: float
-    ) -> None:
+    def __init__(self, engine: Any, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
         """Takes the memory of the optimizer's state; the optimizer has made no step yet, and has a
         learning rate of 0.
         """

@@ -99,7 +99,10 @@ class LearnerWorker:
         if not imitation:
             self._roles.reinforce()
         with torch.no_grad(), self._at_work("imitate" if imitation else "annotate"):
-            return [self._annotate(rows, imitation) for rows in shard]
+            annotated = [self._annotate(rows, imitation) for rows in shard]
+        if imitation:  # an evaluation, and what follows it is generated
+            self._give_way()
+        return annotated
 
     def update(self, shards: list[UpdateShard], coefficients: Coefficients) -> StepReport:
         """One optimizer step of each model for each shard, in order. A model without live tokens
@@ -112,9 +115,7 @@ class LearnerWorker:
         return StepReport(reports, (self._pulse.vitals(),), self._rate.mfu)
 
     def publish(self, version: int) -> Weights | None:
-        """Sends the policy out from rank 0; the others only lend their shards. Where learners and
-        rollout workers take turns, it is the others' then.
-        """
+        """Sends the policy out from rank 0; the others only lend their shards."""
         sent = None
         with self._at_work("publish"):
             if self._seat.rank == 0:
@@ -122,9 +123,13 @@ class LearnerWorker:
             else:
                 for _ in self._roles.published():
                     pass
+        self._give_way()
+        return sent
+
+    def _give_way(self) -> None:
+        """Where learners and rollout workers take turns, it is the others' now."""
         if self._config.cluster.placement == "colocated":
             self._roles.sleep()
-        return sent
 
     def save_policy(self, folder: Path) -> None:
         """See Roles."""

@@ -35,6 +35,7 @@ from ppo_dist.config.workers import VllmEngine as VllmSection
 from ppo_dist.device import DeviceKind
 from ppo_dist.protocols import NamedTensors, WeightsError
 from ppo_dist.rollout.handover import HANDOVERS, digest_of
+from ppo_dist.rollout.orphans import end_with_owner, own_processes
 from ppo_dist.rollout.sampling import seed
 from ppo_dist.transport.wire import Bucket, Part, of_all
 from ppo_dist.types import Chunk, Request, Rollout, Sampling
@@ -131,6 +132,7 @@ def _register(name: str, engine: type[WeightTransferEngine]) -> None:
 
 _register(HANDOVERS["cpu"].backend, FileEngine)
 _register(HANDOVERS["cuda"].backend, IpcEngine)
+end_with_owner()  # in vLLM's processes; these are nobody's else
 
 
 def open_llm(
@@ -145,6 +147,7 @@ def open_llm(
     """vLLM's `LLM` with the model as it is on disk, ready for `VllmEngine`; one that `sleeps` where
     the device supports it.
     """
+    own_processes()
     device.before_vllm(kind, threads, section.kv_cache_gb)
     from vllm import LLM
 
@@ -196,7 +199,7 @@ class VllmEngine:
         bucket_bytes: int,
         kind: DeviceKind,
     ) -> None:
-        self._handover = HANDOVERS[kind]
+        self._kind, self._handover = kind, HANDOVERS[kind]
         self._llm, self._tokenizer = llm, tokenizer
         self._stops, self._bucket_bytes = sorted(stops), bucket_bytes
         self._llm.collective_rpc("init_weight_transfer_engine", args=({},))
@@ -265,7 +268,7 @@ class VllmEngine:
         """See RolloutEngine. The weights wait in the CPU's memory, the KV cache is dropped."""
         if self._sleeps:
             self._llm.sleep(level=1)
-            device.free_cache(torch.device("cuda"))  # of the buckets that were handed over
+            device.free_cache(torch.device(self._kind))  # of the buckets that were handed over
 
     def wake(self) -> None:
         """See RolloutEngine."""

@@ -37,7 +37,7 @@ PHASES = 3  # in which a sender may wait for a receiver: its answer, a new group
 
 class CollectiveSender:
     """Sends from one process; Weights.parts are empty. For receivers that are late or dead it waits
-    at most `deadline_s` in all.
+    at most `deadline_s` in all. One that is alive and slow slows all: each bucket has a third.
     """
 
     def __init__(self, kind: device.DeviceKind, bucket_bytes: int, deadline_s: float) -> None:
@@ -283,9 +283,7 @@ class CollectiveReceiver:
             if said == BROKEN:
                 raise RuntimeError("another receiver failed, so the sending was broken off")
             about = json.loads(said)
-            flat = torch.empty(
-                about["bytes"], dtype=torch.uint8, device=device.of_collectives(self._kind)
-            )
+            flat = device.empty_bytes(about["bytes"], device.of_collectives(self._kind))
             self._group.broadcast(flat, 0).wait()
             parts = tuple(Part(**{**p, "shape": tuple(p["shape"])}) for p in about["parts"])
             yield Bucket(parts, flat.cpu().numpy(), about["digest"])

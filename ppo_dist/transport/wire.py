@@ -11,6 +11,7 @@ import torch
 import xxhash
 from numpy.typing import NDArray
 
+from ppo_dist.device import empty_bytes
 from ppo_dist.protocols import NamedTensors, WeightsError
 
 ALIGNMENT = 16  # bytes; no number format needs more
@@ -96,7 +97,7 @@ def flattened(weights: NamedTensors, limit: int) -> Iterator[tuple[tuple[Part, .
             if parts:
                 yield tuple(parts), flat[:size]
             parts, begin, size = [], 0, 0
-            flat = torch.empty(max(limit, len(raw)), dtype=torch.uint8, device=raw.device)
+            flat = empty_bytes(max(limit, len(raw)), raw.device)
         flat[size:begin] = 0
         size = begin + len(raw)
         flat[begin:size] = raw

@@ -17,6 +17,8 @@ import pytest
 import ray
 import torch
 
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
 from ppo_dist.algo.advantages import Gae
 from ppo_dist.cluster.groups import LearnerActor
 from ppo_dist.config import Config
@@ -265,6 +267,18 @@ class Probe(LearnerActor):
         states = [s for o in optimizers for p in o.param_groups[0]["params"] for s in [o.state[p]]]
         return [(float(state["step"]), float(state["exp_avg_sq"].sum())) for state in states]
 
+    def gathered(self, bucket_bytes: int) -> tuple[int, int, int]:
+        """The most bytes of parameters that are whole at a time while all are gathered, those of
+        the largest parameter, and those of all.
+        """
+        engine = self._roles.policy
+        every = list(engine._engine.module.parameters())
+        most = 0
+        for _ in engine.parameters(bucket_bytes):
+            whole = [p for p in every if p.ds_status == ZeroParamStatus.AVAILABLE]
+            most = max(most, sum(4 * p.ds_numel for p in whole))
+        return most, max(4 * p.ds_numel for p in every), sum(4 * p.ds_numel for p in every)
+
     def compiles(self) -> bool:
         return "torch._inductor.compile_fx" in sys.modules
 
@@ -499,6 +513,18 @@ def test_one_rank_with_a_gradient_that_is_no_number(
     with_it, without = after(True), after(False)
     for name, values in without.items():
         assert np.isfinite(values).all() and np.array_equal(with_it[name], values), name
+
+
+def test_no_rank_gathers_more_than_a_bucket(
+    probes: Callable[[int], Probes], tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    """Under ZeRO-3 a model that is sent, or saved whole, may be larger than a rank's device."""
+    case = Case(3, 2, 48, "none", False, "mixed", "llama")
+    group = probes(2)
+    group.start(algorithm(tmp_path, case), str(tiny_models["llama"]))
+    for limit in (1, 2**14):
+        for most, largest, everything in group.call(Probe.gathered, [(limit,)] * 2):
+            assert 0 < most <= max(limit, largest) < everything / 2
 
 
 def test_no_learner_waits_for_a_compiler(

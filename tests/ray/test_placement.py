@@ -69,13 +69,20 @@ def test_colocated_workers_stand_with_their_learners(tmp_path: Path, nodes: int,
     )
 
 
-def test_a_colocated_rollout_worker_sees_the_gpus_of_its_learners(tmp_path: Path) -> None:
+@pytest.mark.parametrize("nodes", [1, 2, 4])
+def test_a_colocated_rollout_worker_sees_the_gpus_of_its_learners(
+    tmp_path: Path, nodes: int
+) -> None:
+    """The workers themselves, a rollout worker and two learners on each node."""
     raw = raw_config(
         tmp_path,
         cluster={"kind": "ray", "placement": "colocated"},
-        learner={"workers": 2},
-        rollout={"workers": 1, **TENSOR_PARALLEL},
+        learner={"workers": 2 * nodes},
+        rollout={"workers": nodes, **TENSOR_PARALLEL},
     )
-    learners, [(node, borrowed)] = seen(tmp_path, 1, 2, raw, "actors")
-    assert {where for where, _ in learners} == {node}
-    assert sorted(gpu for _, own in learners for gpu in own) == sorted(borrowed) == ["0", "1"]
+    learners, rollouts = seen(tmp_path, nodes, 2, raw, "actors")
+    assert len({node for node, _ in rollouts}) == nodes
+    for number, (node, borrowed) in enumerate(rollouts):
+        own = learners[2 * number : 2 * number + 2]
+        assert [where for where, _ in own] == [node] * 2
+        assert sorted(gpu for _, each in own for gpu in each) == sorted(borrowed) == ["0", "1"]

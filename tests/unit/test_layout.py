@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ppo_dist.cluster.layout import Layout, Node, Slot, difference, layout
+from ppo_dist.cluster.layout import Layout, Node, Slot, difference, layout, scattered
 from ppo_dist.config import Config, InputError
 from tests.conftest import raw_config
 
@@ -98,6 +98,16 @@ def test_a_cluster_that_is_joined_may_still_grow(
         with pytest.raises(InputError, match="too small"):
             session.fitting(config(tmp_path, 1, 9, cluster=cluster))
         assert len(looked) <= times
+
+
+def test_room_that_is_scattered_in_words() -> None:
+    """Six GPUs are free where six are asked for, and yet the third pair has no place."""
+    asked = [{"CPU": 3.0, "GPU": 2.0}]
+    assert scattered(asked, [Node(4.0, 1.0), Node(2.0, 1.0)]) == (
+        "1 more bundles asked for, the largest of 3 CPUs and 2 GPUs on one node; found free on the "
+        "nodes with the most room: 4 CPUs and 1 GPUs; 2 CPUs and 1 GPUs"
+    )
+    assert scattered(asked, [Node(1.0, 0.0)] * 500).count(";") == 8, "not of hundreds of nodes"
 
 
 def test_a_difference_in_words() -> None:

@@ -44,7 +44,7 @@ class Fragile:
         self.wrong: list[int] = []
         self.starts: list[bool] = []
         self.naps = self.ends = 0
-        self.breaks = False
+        self.breaks = self.is_unfit = False
         self.gate: threading.Event | None = None
         self.opens = threading.Event()  # before that no engine starts
         self.opens.set()
@@ -55,6 +55,8 @@ class Fragile:
 
     def start(self, anew: bool) -> None:
         self.starts.append(anew)
+        if self.is_unfit:
+            raise WorkerError("the engine does not load new weights right", is_final=True)
         self.opens.wait(10)
         if anew:
             self.received, self.loaded = {0}, 0
@@ -323,6 +325,22 @@ def test_a_worker_that_cannot_start_is_left_out() -> None:
     with pytest.raises(RunError, match="none is left"):
         own.load(Weights(2, ()))
     own.close()
+
+
+def test_a_worker_whose_engine_fails_its_proof_serves_nothing_and_the_run_says_so() -> None:
+    workers, events = [Fragile(), Fragile()], []
+    workers[0].is_unfit = True
+
+    def note(event: str, **details: Any) -> None:
+        events.append((event, details["worker"], details["reason"]))
+
+    own = Pool(workers, 2, note, limits=AT_ONCE)
+    assert own.load(Weights(1, ()))
+    assert len(own.collect(own.submit(work(1)))) == 6
+    own.close()
+    why = "the engine does not load new weights right"
+    assert events == [(FAILED, 0, why), (LEFT_OUT, 0, why)]
+    assert not workers[0].served and workers[0].starts == [False], "nor is it tried again"
 
 
 def test_workers_that_take_turns_sleep_when_nothing_is_left_to_do() -> None:

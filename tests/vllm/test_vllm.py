@@ -6,11 +6,14 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from rich.console import Console
@@ -208,6 +211,29 @@ class Recorder:
 
 
 REAL_WORKERS = build.workers
+
+
+HOLDER = f"""
+import time
+from ppo_dist.config.workers import VllmEngine
+from ppo_dist.rollout.vllm import open_llm
+llm = open_llm({str(MODEL)!r}, VllmEngine.model_validate({SECTION!r}), "fp32", 1, {available()!r})
+print("open", flush=True)
+time.sleep(600)
+"""
+
+
+def test_its_processes_end_with_a_worker_that_was_killed() -> None:
+    """Else the worker in its place would not find the memory that they hold."""
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER], stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdout is not None and "open\n" in holder.stdout
+        held = psutil.Process(holder.pid).children(recursive=True)
+        assert held, "vLLM computes in processes of its own"
+        holder.kill()
+        _, left = psutil.wait_procs(held, 30)
+        assert not left
 
 
 def smollm(folder: Path, **sections: Any) -> dict[str, Any]:
