@@ -26,7 +26,7 @@ def seen(
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(raw))
     command = [sys.executable, "-m", "tests.ray.fake_cluster", str(nodes), str(gpus), str(path)]
-    done = subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True, timeout=180)
+    done = subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert "error" not in found, found["error"]
@@ -69,20 +69,23 @@ def test_colocated_workers_stand_with_their_learners(tmp_path: Path, nodes: int,
     )
 
 
-@pytest.mark.parametrize("nodes", [1, 2, 4])
+@pytest.mark.parametrize(("nodes", "gpus"), [(1, 2), (2, 4), (4, 2)])
 def test_a_colocated_rollout_worker_sees_the_gpus_of_its_learners(
-    tmp_path: Path, nodes: int
+    tmp_path: Path, nodes: int, gpus: int
 ) -> None:
-    """The workers themselves, a rollout worker and two learners on each node."""
+    """The workers themselves; each rollout worker with two learners that are neighbours."""
+    pairs = nodes * gpus // 2
     raw = raw_config(
         tmp_path,
         cluster={"kind": "ray", "placement": "colocated"},
-        learner={"workers": 2 * nodes},
-        rollout={"workers": nodes, **TENSOR_PARALLEL},
+        learner={"workers": 2 * pairs},
+        rollout={"workers": pairs, **TENSOR_PARALLEL},
     )
-    learners, rollouts = seen(tmp_path, nodes, 2, raw, "actors")
+    learners, rollouts = seen(tmp_path, nodes, gpus, raw, "actors")
     assert len({node for node, _ in rollouts}) == nodes
-    for number, (node, borrowed) in enumerate(rollouts):
-        own = learners[2 * number : 2 * number + 2]
-        assert [where for where, _ in own] == [node] * 2
-        assert sorted(gpu for _, each in own for gpu in each) == sorted(borrowed) == ["0", "1"]
+    owned = {
+        (node, *sorted(one + two))
+        for (node, one), (_, two) in zip(learners[::2], learners[1::2], strict=True)
+    }
+    assert owned == {(node, *sorted(borrowed)) for node, borrowed in rollouts}
+    assert len(owned) == pairs
