@@ -185,7 +185,7 @@ def _lacking(wanted: Layout, reserved: Sequence[int]) -> str:
         found.update(wanted.bundles[number])
     if lacking := difference(wanted.bundles, found):
         return lacking
-    rest = [bundle for number, bundle in enumerate(wanted.bundles) if number not in set(reserved)]
+    rest = [bundle for number, bundle in enumerate(wanted.bundles) if number not in reserved]
     return scattered(rest, [_node(free) for free in available_resources_per_node().values()])
 
 

@@ -24,11 +24,11 @@ def end_with_owner() -> None:
     """Ends this process a second after its owner is gone; nothing, if it has none."""
     owner = int(os.environ.get(OWNER, os.getpid()))
     if owner != os.getpid():
-        thread = threading.Thread(target=_outlive, args=(owner,), daemon=True, name="owner")
+        thread = threading.Thread(target=_follow, args=(owner,), daemon=True, name="owner")
         thread.start()
 
 
-def _outlive(pid: int) -> None:
+def _follow(pid: int) -> None:
     with contextlib.suppress(psutil.NoSuchProcess):
         owner = psutil.Process(pid)
         while owner.is_running() and owner.status() != psutil.STATUS_ZOMBIE:

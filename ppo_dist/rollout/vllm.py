@@ -132,7 +132,7 @@ def _register(name: str, engine: type[WeightTransferEngine]) -> None:
 
 _register(HANDOVERS["cpu"].backend, FileEngine)
 _register(HANDOVERS["cuda"].backend, IpcEngine)
-end_with_owner()  # in vLLM's processes; these are nobody's else
+end_with_owner()  # this is one of vLLM's processes, or has no owner
 
 
 def open_llm(

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import ray
 import torch
-
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
 from ppo_dist.algo.advantages import Gae

@@ -101,7 +101,7 @@ def test_a_cluster_that_is_joined_may_still_grow(
 
 
 def test_room_that_is_scattered_in_words() -> None:
-    """Six GPUs are free where six are asked for, and yet the third pair has no place."""
+    """Two GPUs are free where two are asked for, and yet no node has both."""
     asked = [{"CPU": 3.0, "GPU": 2.0}]
     assert scattered(asked, [Node(4.0, 1.0), Node(2.0, 1.0)]) == (
         "1 more bundles asked for, the largest of 3 CPUs and 2 GPUs on one node; found free on the "

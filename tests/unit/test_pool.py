@@ -337,6 +337,7 @@ def test_a_worker_whose_engine_fails_its_proof_serves_nothing_and_the_run_says_s
     own = Pool(workers, 2, note, limits=AT_ONCE)
     assert own.load(Weights(1, ()))
     assert len(own.collect(own.submit(work(1)))) == 6
+    eventually(lambda: len(events) == 2)
     own.close()
     why = "the engine does not load new weights right"
     assert events == [(FAILED, 0, why), (LEFT_OUT, 0, why)]
