@@ -266,6 +266,21 @@ class Probe(LearnerActor):
         states = [s for o in optimizers for p in o.param_groups[0]["params"] for s in [o.state[p]]]
         return [(float(state["step"]), float(state["exp_avg_sq"].sum())) for state in states]
 
+    def watch(self) -> None:
+        """Looks at the policy's gradients before each of its passes from now on."""
+        module, self._pieces = self._roles.policy._engine.module, []
+
+        def look(*_: object) -> None:
+            found = [p.grad for p in module.parameters()]
+            pieces = {g.untyped_storage().data_ptr() for g in found if g is not None}
+            self._pieces.append(len(pieces))
+
+        module.register_forward_pre_hook(look)
+
+    def pieces(self) -> list[int]:
+        """Of how many pieces of memory they were, in order; 0: there were none."""
+        return self._pieces
+
     def gathered(self, bucket_bytes: int) -> tuple[int, int, int]:
         """The most bytes of parameters that are whole at a time while all are gathered, those of
         the largest parameter, and those of all.
@@ -461,7 +476,7 @@ def test_at_stage_0_the_memory_is_taken_at_the_start(
     probes: Callable[[int], Probes], tiny_models: dict[str, Path], tmp_path: Path
 ) -> None:
     """AdamW's state is there before the first step; its count begins at none, and no parameter has
-    moved.
+    moved. Gradients are there before the first pass of an update, as one piece, and not else.
     """
     case = Case(0, 2, 48, "none", False, "mixed", "gpt2")
     raw = algorithm(tmp_path, case).model_dump(mode="json")
@@ -472,7 +487,11 @@ def test_at_stage_0_the_memory_is_taken_at_the_start(
     before = group.call(Probe.weights, [()] * 2)[0]
     for name, values in load_policy(str(tiny_models["gpt2"]), torch.float32).named_parameters():
         assert np.array_equal(before[f"policy.{name}"], values.detach().double().numpy()), name
+    group.call(Probe.watch, [()] * 2)
     learners.update([first], PLAIN)
+    learners.annotate([s.rollout for s in work()[0][0]])
+    in_order = [count for count, _ in itertools.groupby(group.call(Probe.pieces, [()] * 2)[0])]
+    assert in_order == [1, 0], "in the update, after it"
     steps, squares = zip(*group.call(Probe.remembered, [()] * 2)[0], strict=True)
     assert set(steps) == {1.0} and sum(squares) > 0.0
 
