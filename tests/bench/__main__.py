@@ -151,11 +151,11 @@ def main() -> None:
     bench = Bench(asked.model.resolve(), asked.out.resolve(), asked.threads, dtype)
     seconds = 0.4 * 60 * asked.minutes
     w1, w2 = (replace(w, dtype=dtype).within(seconds, rates[dtype]) for w in (W1, W2))
-    w3, w4 = (replace(w, dtype=dtype) for w in (W3, W4))
+    w4 = replace(W4, dtype=dtype)
     ways: dict[str, Callable[[], str]] = {
         "W1": lambda: bench.iterations(w1),
         "W2": lambda: bench.iterations(w2),
-        "W3": lambda: bench.small(w3),
+        "W3": lambda: bench.small(W3),
         "W4": lambda: bench.supervised(w4),
         "W5": bench.scaling,
     }

@@ -40,7 +40,8 @@ class Work:
 W1 = Work("W1", prompts=32, responses=1, max_new_tokens=48, iterations=3)
 # a quarter of the prompts that the peers were measured with: their way of padding takes minutes
 W2 = Work("W2", prompts=8, responses=4, max_new_tokens=256, iterations=2)
-W3 = Work("W3", prompts=256, responses=1, max_new_tokens=16, iterations=12)
+# as the quick start has it: fp32, and so ZeRO stage 0
+W3 = Work("W3", prompts=256, responses=1, max_new_tokens=16, iterations=12, dtype="fp32")
 W4 = Work("W4", prompts=0, responses=1, max_new_tokens=1, iterations=3)
 KL = 0.05  # its coefficient in the reward
 LR = 1e-6
