@@ -96,8 +96,6 @@ def reuses_logprobs(config: Config) -> bool:
 
 
 def _workers(c: Config) -> Iterator[str]:
-    if c.learner.zero_stage == 0 and c.learner.dtype == "bf16":
-        yield "learner.dtype bf16 needs learner.zero_stage 1, 2 or 3"
     if c.learner.zero_stage == 0 and c.learner.offload != "none":
         yield "learner.offload needs learner.zero_stage 1, 2 or 3"
     if c.cluster.kind == "local" and (c.learner.workers > 1 or c.rollout.workers > 1):
@@ -122,8 +120,6 @@ def _colocated(c: Config) -> Iterator[str]:
         yield f"{wanted}: two ends of a collective need two GPUs: transport.kind store or disk"
     if c.stream.max_lag:
         yield f"{wanted}: they take turns, so neither is ahead: set stream.max_lag to 0"
-    if c.learner.zero_stage == 0:
-        yield f"{wanted}: learners that sleep need learner.zero_stage 1, 2 or 3"
 
 
 def _mix(c: Config) -> Iterator[str]:

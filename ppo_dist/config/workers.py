@@ -119,7 +119,9 @@ class LearnerSection(Section):
     threads: int = Field(1, ge=1, description="CPU threads of a worker")
     cpus: float = Field(1, ge=0, description="CPUs that a worker reserves in the cluster")
     zero_stage: Literal[0, 1, 2, 3] = Field(
-        1, description="in bf16 1 is run as 2, for sums of gradients in fp32"
+        1,
+        description="ranks share out the optimizer's state (1), gradients too (2), weights too "
+        "(3) or nothing (0); in bf16 1 is run as 2, for sums of gradients in fp32",
     )
     dtype: Literal["fp32", "bf16"] = Field(
         "fp32", description="number format of weights in passes; the optimizer's own are fp32"

@@ -1,6 +1,6 @@
 """A module under DeepSpeed ZeRO: sharded, trained, saved and gathered.
 
-Five settings are what keeps gradients right here (each is held by a test):
+Four settings are what keeps gradients right here (each is held by a test):
   * `managed_gradient_accumulation: false`: any number of backward passes before a step. In the
     default mode ZeRO with CPU offload keeps only the last one's gradients.
   * `backward(loss, scale_wrt_gas=False)` of a loss already multiplied by the world size, since
@@ -10,7 +10,6 @@ Five settings are what keeps gradients right here (each is held by a test):
     neither shards nor saves as this file knows it, so bf16 runs there as at stage 2. With CPU
     offload at stages 1 and 2 it would keep the sum on the GPU, and a NaN in it for good: not there.
   * `gradient_clipping` is always written: DeepSpeed clips at 1.0 unless told otherwise.
-  * the optimizer is torch's own, so nothing is compiled and CPU offload needs no compiler.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import deepspeed
 import deepspeed.comm
@@ -26,9 +25,10 @@ import torch
 from torch import nn
 from transformers.integrations import HfDeepSpeedConfig
 
-from ppo_dist.config.workers import AdamW, LearnerSection
+from ppo_dist.config.workers import LearnerSection
 from ppo_dist.device import DTYPES, pins_memory
 from ppo_dist.learner import shards
+from ppo_dist.learner.optimizers import Asleep, groups, optimizer
 from ppo_dist.learner.process_group import limit_waits
 from ppo_dist.learner.unsharded import Unsharded
 
@@ -41,7 +41,7 @@ def _zero_config(learner: LearnerSection, max_grad_norm: float = 0.0) -> dict[st
     data_types = {}
     if learner.offload == "none" or learner.zero_stage == 3:
         data_types["grad_accum_dtype"] = "fp32"
-        zero["stage"] = max(learner.zero_stage, 2 if bf16 else 0)
+        zero["stage"] = max(learner.zero_stage, 2 if bf16 else 1)
     if learner.offload == "cpu":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": pins_memory()}
     return {
@@ -53,8 +53,7 @@ def _zero_config(learner: LearnerSection, max_grad_norm: float = 0.0) -> dict[st
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": bf16},
         "data_types": data_types,
-        # at stage 0 DeepSpeed does not tell the norm, so Unsharded clips
-        "gradient_clipping": max_grad_norm if learner.zero_stage > 0 else 0.0,
+        "gradient_clipping": max_grad_norm,
         "steps_per_print": 10**9,
     }
 
@@ -103,22 +102,24 @@ class ZeroEngine:
         """`apart` is a part of the module with a learning rate of its own. Frozen parameters stay
         as they are.
         """
-        optimizer = _optimizer(_groups(module, apart), learner)
         self._stage = learner.zero_stage
         self._engine, *_ = deepspeed.initialize(
-            model=module, optimizer=optimizer, config=_zero_config(learner, max_grad_norm)
+            model=module,
+            optimizer=optimizer(groups(module, apart), learner),
+            config=_zero_config(learner, max_grad_norm),
         )
         limit_waits(learner.deadline_s)
         self._world = torch.distributed.get_world_size()
-        self._unsharded = None
-        if self._stage == 0:
-            self._unsharded = Unsharded(self._engine, optimizer, max_grad_norm)
-        self._asleep: list[tuple[torch.Tensor, torch.device]] = []  # and where they belong
+        self._asleep = Asleep()
 
     def __call__(self, *args: Any) -> Any:
-        if self._unsharded is not None and torch.is_grad_enabled():
-            self._unsharded.hold_gradients()
         return self._engine(*args)
+
+    @property
+    def module(self) -> nn.Module:
+        """What is trained."""
+        module: nn.Module = self._engine.module
+        return module
 
     def sleep(self) -> None:
         """Moves master weights and the optimizer's state, which are most of the memory and which
@@ -126,15 +127,9 @@ class ZeroEngine:
 
         DeepSpeed's own `offload_states` does that under ZeRO-3 for its FusedAdam alone.
         """
-        if self._asleep:  # where they belong would be forgotten
-            return
         self._forget_views()
         states = [value for state in self._state.values() for value in state.values()]
-        self._asleep = [
-            (t, t.device) for t in (*self._masters, *states) if isinstance(t, torch.Tensor)
-        ]
-        for tensor, _ in self._asleep:
-            tensor.data = tensor.data.to("cpu")
+        self._asleep.send([*self._masters, *states])
 
     def _forget_views(self) -> None:
         """At stages 1 and 2 DeepSpeed keeps a view of each parameter's part of them, for its own
@@ -146,16 +141,11 @@ class ZeroEngine:
             if parameter.requires_grad and (views := parameter._hp_mapping) is not None:
                 views.hp_fragment, views.optim_fragment = None, {}
 
-    def _wake(self) -> None:
-        for tensor, where in self._asleep:
-            tensor.data = tensor.data.to(where)
-        self._asleep = []
-
     def backward(self, loss_sum: torch.Tensor) -> None:
         """Adds the gradient of a sum over this rank's tokens that is already divided by the global
         count.
         """
-        self._wake()
+        self._asleep.bring_back()
         self._engine.backward(loss_sum * self._world, scale_wrt_gas=False)
 
     def step(self, *lrs: float) -> float:
@@ -165,8 +155,6 @@ class ZeroEngine:
         """
         for group, lr in zip(self._engine.optimizer.param_groups, lrs, strict=True):
             group["lr"] = lr
-        if self._unsharded is not None:
-            return self._unsharded.step()
         self._engine.step()  # DeepSpeed itself leaves a step out whose norm is not finite
         return float(self._engine.get_global_grad_norm())
 
@@ -177,7 +165,7 @@ class ZeroEngine:
         Tied parameters come once, under their first name. Tensors are valid until the next one is
         taken.
         """
-        named = list(self._engine.module.named_parameters())
+        named = list(self.module.named_parameters())
         if self._stage < 3:
             yield from ((name, p.detach()) for name, p in named)
             return
@@ -187,18 +175,15 @@ class ZeroEngine:
 
     def save(self, folder: Path) -> None:
         """Writes parameters and optimizer, each rank its part. What is frozen is left out."""
-        rank, pieces = torch.distributed.get_rank(), self._pieces()
-        if self._stage == 0:  # all have all
-            pieces = pieces[rank :: self._world]
-        shards.write(folder, rank, pieces, self._state)
+        shards.write(folder, torch.distributed.get_rank(), self._pieces(), self._state)
 
     def load(self, folder: Path) -> None:
         """Goes on from what `save` wrote at any stage and world size."""
         shards.read(folder, self._pieces(), self._state)
         zero = self._engine.optimizer
-        if self._stage in (1, 2):
+        if self._stage < 3:
             zero.update_lp_params()
-        elif self._stage == 3:
+        else:
             zero.checkpoint_event_prologue()
             for index in range(len(self._masters)):
                 zero._reassign_or_swap_out_partitioned_parameters(index)
@@ -206,7 +191,7 @@ class ZeroEngine:
 
     @property
     def _masters(self) -> list[torch.Tensor]:
-        """The flat fp32 tensors that this rank's optimizer sees; there are none at stage 0."""
+        """The flat fp32 tensors that this rank's optimizer sees."""
         zero = self._engine.optimizer
         masters: list[torch.Tensor] = (
             zero.fp32_partitioned_groups_flat
@@ -217,15 +202,12 @@ class ZeroEngine:
 
     @property
     def _state(self) -> shards.State:
-        optimizer = self._engine.optimizer
-        state: shards.State = (optimizer if self._stage == 0 else optimizer.optimizer).state
+        state: shards.State = self._engine.optimizer.optimizer.state
         return state
 
     def _pieces(self) -> list[shards.Piece]:
         """What of the trained parameters this rank's optimizer sees."""
-        named = [(n, p) for n, p in self._engine.module.named_parameters() if p.requires_grad]
-        if self._stage == 0:
-            return [shards.Piece(name, 0, p.numel(), p.numel(), p, 0) for name, p in named]
+        named = [(n, p) for n, p in self.module.named_parameters() if p.requires_grad]
         where = self._at_stage_3 if self._stage == 3 else self._at_stages_1_and_2
         return [piece for name, p in named for piece in where(name, p)]
 
@@ -243,24 +225,20 @@ class ZeroEngine:
             yield shards.Piece(name, start, count, p.ds_numel, self._masters[index], offset)
 
 
-def _groups(module: nn.Module, apart: nn.Module | None) -> list[dict[str, Any]]:
-    live = {id(p): p for p in module.parameters() if p.requires_grad}
-    own = [] if apart is None else [live.pop(id(p)) for p in apart.parameters()]
-    return [{"params": group} for group in (list(live.values()), own) if group]
+Engine: TypeAlias = Unsharded | ZeroEngine
 
 
-def _optimizer(groups: list[dict[str, Any]], learner: LearnerSection) -> torch.optim.Optimizer:
-    chosen = learner.optimizer
-    if isinstance(chosen, AdamW):
-        return torch.optim.AdamW(
-            groups,
-            lr=0.0,
-            betas=chosen.betas,
-            eps=chosen.eps,
-            weight_decay=chosen.weight_decay,
-            fused=True,
-        )
-    return torch.optim.SGD(groups, lr=0.0, momentum=chosen.momentum)
+def make_engine(
+    module: nn.Module,
+    learner: LearnerSection,
+    max_grad_norm: float,
+    where: torch.device,
+    apart: nn.Module | None = None,
+) -> Engine:
+    """What trains a module at the stage that the config asks for; see ZeroEngine."""
+    if learner.zero_stage == 0:
+        return Unsharded(module, learner, max_grad_norm, where, apart)
+    return ZeroEngine(module, learner, max_grad_norm, apart)
 
 
 def _buckets(named: list[tuple[str, Any]], limit: int) -> Iterator[list[tuple[str, Any]]]:

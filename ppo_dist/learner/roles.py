@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from ppo_dist import device, files
 from ppo_dist.config import Config, RunError
 from ppo_dist.learner import export, shards
-from ppo_dist.learner.engine import ZeroEngine, barrier, frozen, model_dtype, sharded
+from ppo_dist.learner.engine import Engine, barrier, frozen, make_engine, model_dtype, sharded
 from ppo_dist.learner.flops import Cost
 from ppo_dist.models.critic import load_critic
 from ppo_dist.models.lora import adapters_off, add_adapters, merged
@@ -47,15 +47,16 @@ class Roles:
         if config.model.lora is not None:
             add_adapters(self._policy_model.lm, config.model.lora, config.run.seed)
         self.policy_cost = Cost.of(self._policy_model.lm)
-        self.policy = ZeroEngine(
+        self.policy = make_engine(
             self._policy_model,
             config.learner,
             config.learner.max_grad_norm,
+            where,
             apart=self._policy_model.value_head,
         )
         self._reinforced = False
         self.reference: Callable[..., PolicyOutput] | None = None
-        self.critic: ZeroEngine | None = None
+        self.critic: Engine | None = None
         self._reference_folder: Path | None = None
         self._reference_sums: dict[str, dict[str, Any]] = {}  # as rank 0 has written it
         if resume is not None:
@@ -110,13 +111,14 @@ class Roles:
             lm.gradient_checkpointing_enable({"use_reentrant": False})
         return PolicyModel(lm.train(), self._learner.logits_chunk, has_value_head)
 
-    def _load_critic(self, path: str) -> ZeroEngine:
+    def _load_critic(self, path: str) -> Engine:
         dtype, trust = model_dtype(self._learner), self._config.model.trust_remote_code
         critic = sharded(self._learner, lambda: load_critic(path, dtype, trust))
         if self._learner.gradient_checkpointing:
             critic.trunk.gradient_checkpointing_enable({"use_reentrant": False})
         self.critic_cost = Cost.of(critic.trunk)
-        return ZeroEngine(critic.train(), self._learner, self._learner.critic_max_grad_norm)
+        limit = self._learner.critic_max_grad_norm
+        return make_engine(critic.train(), self._learner, limit, self._device)
 
     def _load_reference(self, path: str) -> None:
         if self._config.reference is None:

@@ -1,63 +1,139 @@
-"""What DeepSpeed does by itself at stages 1 to 3, and at stage 0 leaves to torch's optimizer: it
-clips, tells the norm, leaves a step out that is not finite, and has its memory from the start.
+"""ZeRO stage 0: every rank has all of a module and of its optimizer's state, so there is nothing
+for DeepSpeed to do.
+
+The sum over the ranks is made of all gradients at once, in fp32. A module in bf16 has masters in
+fp32, which the optimizer sees; gradients of micro-batches add up beside them. Of fp32 the
+parameters are the masters themselves.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-
-class _NotFinite(Exception):
-    """Ends a step before the optimizer changes anything; the same on all ranks."""
+from ppo_dist.config.workers import LearnerSection
+from ppo_dist.learner import shards
+from ppo_dist.learner.optimizers import Asleep, groups, optimizer
 
 
 class Unsharded:
-    """The optimizer's steps of a DeepSpeed engine at stage 0."""
+    """A module and its optimizer, both whole on each rank; as ZeroEngine is used."""
 
-    def __init__(self, engine: Any, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
-        """Takes the memory of the optimizer's state; the optimizer has made no step yet, and has a
-        learning rate of 0.
-        """
-        self._engine, self._optimizer = engine, optimizer
-        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    def __init__(
+        self,
+        module: nn.Module,
+        learner: LearnerSection,
+        max_grad_norm: float,
+        where: torch.device,
+        apart: nn.Module | None = None,
+    ) -> None:
+        """Takes the memory of the optimizer's state."""
+        self.module = module.to(where)
         self._limit = max_grad_norm if max_grad_norm > 0 else math.inf
-        self._norm: float | None = None
-        self.hold_gradients()
-        optimizer.step()  # changes nothing but that the state is there, which counts it
-        for state in optimizer.state.values():
+        self._asleep = Asleep()
+        live = groups(module, apart)
+        self._masters = {p: _master(p) for group in live for p in group["params"]}
+        for parameter, master in self._masters.items():
+            if master is not parameter:
+                parameter.register_post_accumulate_grad_hook(functools.partial(_add_to, master))
+        seen = [{"params": [self._masters[p] for p in group["params"]]} for group in live]
+        self._optimizer = optimizer(seen, learner)
+        self._gradients: torch.Tensor | None = None
+        self._hold_gradients()
+        self._optimizer.step()  # changes nothing but that the state is there, which counts it
+        for state in self._optimizer.state.values():
             if "step" in state:
                 state["step"].zero_()
-        optimizer.zero_grad()
-        optimizer.register_step_pre_hook(self._clip_and_measure)
-        if torch.distributed.get_world_size() == 1:
-            # else all gradients are copied into one buffer, summed over nobody, and copied back
-            engine.enable_backward_allreduce = False
+        self._release_gradients()
 
-    def step(self) -> float:
-        """Returns the gradient norm before clipping; if that is not finite, nothing was changed."""
-        try:
-            self._engine.step()
-        except _NotFinite:
-            self._optimizer.zero_grad()
-        assert self._norm is not None, "the optimizer's hook runs in every step"
-        return self._norm
+    def __call__(self, *args: Any) -> Any:
+        if torch.is_grad_enabled():
+            self._hold_gradients()
+        return self.module(*args)
 
-    def hold_gradients(self) -> None:
+    def sleep(self) -> None:
+        """See ZeroEngine; parameters in fp32 stay, as forward passes need them."""
+        masters = [m for p, m in self._masters.items() if m is not p]
+        states = [value for state in self._optimizer.state.values() for value in state.values()]
+        self._asleep.send([*masters, *states])
+
+    def backward(self, loss_sum: torch.Tensor) -> None:
+        """See ZeroEngine."""
+        loss_sum.backward()  # type: ignore[no-untyped-call]
+
+    def step(self, *lrs: float) -> float:
+        """See ZeroEngine."""
+        assert self._gradients is not None, "a pass comes before a step"
+        if torch.distributed.get_world_size() > 1:
+            torch.distributed.all_reduce(self._gradients)
+        norm = float(torch.nn.utils.clip_grad_norm_(list(self._masters.values()), self._limit))
+        if math.isfinite(norm):
+            for group, lr in zip(self._optimizer.param_groups, lrs, strict=True):
+                group["lr"] = lr
+            self._optimizer.step()
+            self._copy_masters()
+        self._release_gradients()
+        return norm
+
+    def parameters(self, bucket_bytes: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """See ZeroEngine."""
+        yield from ((name, p.detach()) for name, p in self.module.named_parameters())
+
+    def save(self, folder: Path) -> None:
+        """See ZeroEngine."""
+        rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        shards.write(folder, rank, self._pieces()[rank::world], self._optimizer.state)
+
+    def load(self, folder: Path) -> None:
+        """See ZeroEngine."""
+        shards.read(folder, self._pieces(), self._optimizer.state)
+        self._copy_masters()
+
+    def _pieces(self) -> list[shards.Piece]:
+        return [
+            shards.Piece(name, 0, p.numel(), p.numel(), self._masters[p], 0)
+            for name, p in self.module.named_parameters()
+            if p in self._masters
+        ]
+
+    def _hold_gradients(self) -> None:
         """Takes their memory in one piece before the first forward pass, if a step has given it
         back: a backward pass would put them among activations, and leave holes for ever.
         """
-        first = self._parameters[0]
-        if first.grad is not None:
+        if self._gradients is not None:
             return
-        sizes = [p.numel() for p in self._parameters]
-        flat = torch.zeros(sum(sizes), dtype=first.dtype, device=first.device)
-        for parameter, part in zip(self._parameters, torch.split(flat, sizes), strict=True):
-            parameter.grad = part.view_as(parameter)
+        self._asleep.bring_back()
+        masters = list(self._masters.values())
+        sizes = [master.numel() for master in masters]
+        self._gradients = torch.zeros(sum(sizes), device=next(iter(self._masters)).device)
+        for master, part in zip(masters, torch.split(self._gradients, sizes), strict=True):
+            master.grad = part.view_as(master)
 
-    def _clip_and_measure(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        self._norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, self._limit))
-        if not math.isfinite(self._norm):
-            raise _NotFinite
+    def _release_gradients(self) -> None:
+        self._gradients = None
+        self._optimizer.zero_grad()
+
+    @torch.no_grad()
+    def _copy_masters(self) -> None:
+        for parameter, master in self._masters.items():
+            if master is not parameter:
+                parameter.copy_(master)
+
+
+def _master(parameter: torch.Tensor) -> torch.Tensor:
+    if parameter.dtype == torch.float32:
+        return parameter
+    return parameter.detach().float()
+
+
+@torch.no_grad()
+def _add_to(master: torch.Tensor, parameter: torch.Tensor) -> None:
+    assert master.grad is not None and parameter.grad is not None
+    master.grad.add_(parameter.grad)
+    parameter.grad = None

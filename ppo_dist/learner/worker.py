@@ -18,7 +18,7 @@ import torch
 from ppo_dist import device
 from ppo_dist.config import Config, reuses_logprobs
 from ppo_dist.data.batching import pack, pack_rows
-from ppo_dist.learner.engine import ZeroEngine
+from ppo_dist.learner.engine import Engine
 from ppo_dist.learner.flops import Rate
 from ppo_dist.learner.losses import Tensors, policy_loss, value_loss
 from ppo_dist.learner.process_group import join_group
@@ -223,7 +223,7 @@ class LearnerWorker:
 
     def _critic_backward(
         self,
-        critic: ZeroEngine,
+        critic: Engine,
         sequences: Sequence[TrainSequence],
         counts: TokenCounts,
         coefficients: Coefficients,

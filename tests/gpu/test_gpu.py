@@ -11,7 +11,7 @@ from rich.console import Console
 
 from ppo_dist.config import Config
 from ppo_dist.config.workers import LearnerSection
-from ppo_dist.learner.engine import ZeroEngine
+from ppo_dist.learner.engine import make_engine
 from ppo_dist.learner.process_group import join_group
 from ppo_dist.run import train
 from ppo_dist.tracking.local import read_rows
@@ -23,7 +23,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize(("dtype", "stage"), [("fp32", 1), ("bf16", 1), ("bf16", 3)])
+@pytest.mark.parametrize(("dtype", "stage"), [("fp32", 1), ("bf16", 0), ("bf16", 1), ("bf16", 3)])
 def test_a_run_on_one_gpu(tmp_path: Path, dtype: str, stage: int) -> None:
     """Learner and rollout worker in one process on one device; their log-probabilities agree."""
     raw = raw_config(tmp_path / "run", learner={"dtype": dtype, "zero_stage": stage})
@@ -72,13 +72,13 @@ def test_learner_and_rollout_worker_take_turns_on_one_gpu(tmp_path: Path, stage:
             assert other[key] == pytest.approx(one[key], rel=1e-3, abs=1e-5), key
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [0, 1, 3])
 def test_a_learner_that_sleeps_frees_memory(tmp_path: Path, stage: int) -> None:
     """Master weights and Adam's two moments: 12 bytes a parameter in bf16."""
     module = torch.nn.Linear(1000, 1000, bias=False, dtype=torch.bfloat16)
     join_group(0, 1, "127.0.0.1", 0, "cuda", 60)
     learner = LearnerSection(zero_stage=stage, dtype="bf16")
-    engine = ZeroEngine(module, learner, 0.0)
+    engine = make_engine(module, learner, 0.0, torch.device("cuda"))
     row = torch.ones(1, 1000, dtype=torch.bfloat16, device="cuda")
     engine.backward(engine(row).float().sum())
     engine.step(1e-3)

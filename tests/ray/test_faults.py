@@ -142,7 +142,7 @@ def in_forward(worker: Any, blow: Blow) -> None:
     def wrapped(*args: Any) -> Any:
         if worker._steps != 3:
             return backward(*args)
-        handle = worker._roles.policy._engine.module.register_forward_hook(hook)
+        handle = worker._roles.policy.module.register_forward_hook(hook)
         try:
             return backward(*args)
         finally:

@@ -344,7 +344,6 @@ VOTES = merged(
 )
 ADAPTIVE = {"kind": "adaptive", "start": 0.5, "low": 0.1, "high": 1}
 IMPOSSIBLE = [
-    ({"learner": {"zero_stage": 0, "dtype": "bf16"}}, "learner.dtype bf16 needs learner.zero_"),
     ({"learner": {"zero_stage": 0, "offload": "cpu"}}, "learner.offload needs learner.zero_"),
     ({"cluster": {"kind": "local"}, "rollout": {"workers": 2}}, "cluster.kind local runs one"),
     ({"cluster": {"kind": "local"}, "learner": {"workers": 2}}, "cluster.kind local runs one"),

@@ -121,7 +121,6 @@ def test_a_difference_in_words() -> None:
         ({"learner": {"workers": 2}}, "must be 1"),
         ({"transport": {"kind": "collective"}}, "store or disk"),
         ({"stream": {"max_lag": 1}}, "max_lag to 0"),
-        ({"learner": {"zero_stage": 0}}, "1, 2 or 3"),
         ({"cluster": {"kind": "local", "placement": "colocated"}}, "cluster.kind to ray"),
     ],
 )
