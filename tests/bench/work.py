@@ -40,7 +40,7 @@ class Work:
 W1 = Work("W1", prompts=32, responses=1, max_new_tokens=48, iterations=3)
 # a quarter of the prompts that the peers were measured with: their way of padding takes minutes
 W2 = Work("W2", prompts=8, responses=4, max_new_tokens=256, iterations=2)
-# as the quick start has it: fp32, and so ZeRO stage 0
+# in fp32, as the quick start is
 W3 = Work("W3", prompts=256, responses=1, max_new_tokens=16, iterations=12, dtype="fp32")
 W4 = Work("W4", prompts=0, responses=1, max_new_tokens=1, iterations=3)
 KL = 0.05  # its coefficient in the reward
@@ -112,7 +112,7 @@ def small_config(work: Work, folder: Path) -> dict[str, Any]:
         "mix": {"schedule": 0.1, "prompts": work.prompts, "labelled_batch": 32},
         "algorithm": {"minibatches": work.minibatches},
         "stream": {"max_lag": 1},
-        "learner": {**raw["learner"], "workers": 2, "zero_stage": 0},
+        "learner": {**raw["learner"], "workers": 2},
         "cluster": {"cpus": 3},
     }
 
@@ -140,8 +140,7 @@ def _common(work: Work, folder: Path, threads: int) -> dict[str, Any]:
         },
         "learner": {
             "dtype": work.dtype,
-            # one learner has nothing to share out, and bf16 needs what ZeRO keeps in fp32
-            "zero_stage": 0 if work.dtype == "fp32" else 1,
+            "zero_stage": 0,  # one learner has nothing to share out
             "threads": threads,
             "micro_batch_tokens": 2048,
             "lr": LR,
