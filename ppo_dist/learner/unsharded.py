@@ -1,14 +1,13 @@
 """ZeRO stage 0: every rank has all of a module and of its optimizer's state, so there is nothing
 for DeepSpeed to do.
 
-The sum over the ranks is made of all gradients at once, in fp32. A module in bf16 has masters in
-fp32, which the optimizer sees; gradients of micro-batches add up beside them. Of fp32 the
-parameters are the masters themselves.
+Gradients of micro-batches add up in fp32, in one piece of memory, which is summed over the ranks
+at once. A module in bf16 has masters in fp32, which the optimizer sees; in fp32 the parameters are
+the masters themselves.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ppo_dist import device
 from ppo_dist.config.workers import LearnerSection
 from ppo_dist.learner import shards
 from ppo_dist.learner.optimizers import Asleep, groups, optimizer
@@ -39,18 +39,14 @@ class Unsharded:
         self._asleep = Asleep()
         live = groups(module, apart)
         self._masters = {p: _master(p) for group in live for p in group["params"]}
-        for parameter, master in self._masters.items():
-            if master is not parameter:
-                parameter.register_post_accumulate_grad_hook(functools.partial(_add_to, master))
+        for parameter in self._masters:
+            parameter.register_post_accumulate_grad_hook(self._add)
         seen = [{"params": [self._masters[p] for p in group["params"]]} for group in live]
         self._optimizer = optimizer(seen, learner)
-        self._gradients: torch.Tensor | None = None
-        self._hold_gradients()
-        self._optimizer.step()  # changes nothing but that the state is there, which counts it
-        for state in self._optimizer.state.values():
-            if "step" in state:
-                state["step"].zero_()
-        self._release_gradients()
+        self._gradients: torch.Tensor | None = None  # all of them, flat
+        self._sums: dict[torch.Tensor, torch.Tensor] = {}  # each parameter's part of it
+        self._begun: set[torch.Tensor] = set()  # those that have a gradient in this update
+        self._make_state()
 
     def __call__(self, *args: Any) -> Any:
         if torch.is_grad_enabled():
@@ -70,15 +66,19 @@ class Unsharded:
     def step(self, *lrs: float) -> float:
         """See ZeroEngine."""
         assert self._gradients is not None, "a pass comes before a step"
+        for parameter in self._masters.keys() - self._begun:
+            self._sums[parameter].zero_()
         if torch.distributed.get_world_size() > 1:
             torch.distributed.all_reduce(self._gradients)
-        norm = float(torch.nn.utils.clip_grad_norm_(list(self._masters.values()), self._limit))
+        norm = float(torch.nn.utils.get_total_norm(self._sums.values()))
+        if norm > self._limit:
+            self._gradients.mul_(self._limit / norm)
         if math.isfinite(norm):
             for group, lr in zip(self._optimizer.param_groups, lrs, strict=True):
                 group["lr"] = lr
-            self._optimizer.step()
-            self._copy_masters()
-        self._release_gradients()
+            self._change()
+        self._gradients, self._sums = None, {}
+        self._begun.clear()
         return norm
 
     def parameters(self, bucket_bytes: int) -> Iterator[tuple[str, torch.Tensor]]:
@@ -102,22 +102,42 @@ class Unsharded:
             if p in self._masters
         ]
 
+    def _make_state(self) -> None:
+        """By a step that changes nothing but that the state is there, which counts it."""
+        self._hold_gradients()
+        self.step(*[0.0] * len(self._optimizer.param_groups))
+        for state in self._optimizer.state.values():
+            if "step" in state:
+                state["step"].zero_()
+
     def _hold_gradients(self) -> None:
-        """Takes their memory in one piece before the first forward pass, if a step has given it
-        back: a backward pass would put them among activations, and leave holes for ever.
+        """Takes their memory before the first forward pass, if a step has given it back: a backward
+        pass would put them among activations, and leave holes for ever.
         """
         if self._gradients is not None:
             return
         self._asleep.bring_back()
-        masters = list(self._masters.values())
-        sizes = [master.numel() for master in masters]
-        self._gradients = torch.zeros(sum(sizes), device=next(iter(self._masters)).device)
-        for master, part in zip(masters, torch.split(self._gradients, sizes), strict=True):
-            master.grad = part.view_as(master)
+        sizes = [parameter.numel() for parameter in self._masters]
+        where = next(iter(self._masters)).device
+        self._gradients = device.empty_bytes(4 * sum(sizes), where).view(torch.float32)
+        parts = torch.split(self._gradients, sizes)
+        self._sums = {p: g.view_as(p) for p, g in zip(self._masters, parts, strict=True)}
 
-    def _release_gradients(self) -> None:
-        self._gradients = None
+    def _add(self, parameter: torch.Tensor) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        assert gradient is not None
+        if parameter in self._begun:
+            self._sums[parameter].add_(gradient)
+        else:
+            self._sums[parameter].copy_(gradient)
+            self._begun.add(parameter)
+
+    def _change(self) -> None:
+        for parameter, master in self._masters.items():
+            master.grad = self._sums[parameter]
+        self._optimizer.step()
         self._optimizer.zero_grad()
+        self._copy_masters()
 
     @torch.no_grad()
     def _copy_masters(self) -> None:
@@ -130,10 +150,3 @@ def _master(parameter: torch.Tensor) -> torch.Tensor:
     if parameter.dtype == torch.float32:
         return parameter
     return parameter.detach().float()
-
-
-@torch.no_grad()
-def _add_to(master: torch.Tensor, parameter: torch.Tensor) -> None:
-    assert master.grad is not None and parameter.grad is not None
-    master.grad.add_(parameter.grad)
-    parameter.grad = None

@@ -268,18 +268,17 @@ class Probe(LearnerActor):
 
     def watch(self) -> None:
         """Looks at the policy's gradients before each of its passes from now on."""
-        module, self._pieces = self._roles.policy.module, []
+        policy, self._held = self._roles.policy, []
 
         def look(*_: object) -> None:
-            found = [p.grad for p in module.parameters()]
-            pieces = {g.untyped_storage().data_ptr() for g in found if g is not None}
-            self._pieces.append(len(pieces))
+            assert all(p.grad is None for p in policy.module.parameters())
+            self._held.append(policy._gradients is not None)
 
-        module.register_forward_pre_hook(look)
+        policy.module.register_forward_pre_hook(look)
 
-    def pieces(self) -> list[int]:
-        """Of how many pieces of memory they were, in order; 0: there were none."""
-        return self._pieces
+    def held(self) -> list[bool]:
+        """Whether there was memory for them, in order."""
+        return self._held
 
     def gathered(self, bucket_bytes: int) -> tuple[int, int, int]:
         """The most bytes of parameters that are whole at a time while all are gathered, those of
@@ -476,7 +475,7 @@ def test_at_stage_0_the_memory_is_taken_at_the_start(
     probes: Callable[[int], Probes], tiny_models: dict[str, Path], tmp_path: Path
 ) -> None:
     """AdamW's state is there before the first step; its count begins at none, and no parameter has
-    moved. Gradients are there before the first pass of an update, as one piece, and not else.
+    moved. The memory of all gradients is there before the first pass of an update, and not else.
     """
     case = Case(0, 2, 48, "none", False, "mixed", "gpt2")
     raw = algorithm(tmp_path, case).model_dump(mode="json")
@@ -490,8 +489,8 @@ def test_at_stage_0_the_memory_is_taken_at_the_start(
     group.call(Probe.watch, [()] * 2)
     learners.update([first], PLAIN)
     learners.annotate([s.rollout for s in work()[0][0]])
-    in_order = [count for count, _ in itertools.groupby(group.call(Probe.pieces, [()] * 2)[0])]
-    assert in_order == [1, 0], "in the update, after it"
+    in_order = [held for held, _ in itertools.groupby(group.call(Probe.held, [()] * 2)[0])]
+    assert in_order == [True, False], "in the update, after it"
     steps, squares = zip(*group.call(Probe.remembered, [()] * 2)[0], strict=True)
     assert set(steps) == {1.0} and sum(squares) > 0.0
 
