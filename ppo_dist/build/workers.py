@@ -1,4 +1,4 @@
-"""Learners and rollout workers, as Ray actors or in this process."""
+"""Learners and rollout workers, as Ray actors or, by local.py, in this process."""
 
 from __future__ import annotations
 
@@ -15,18 +15,14 @@ from ppo_dist.build.data import absolute
 from ppo_dist.build.engines import engine
 from ppo_dist.build.parts import reward_source
 from ppo_dist.config import Config, reward_models
-from ppo_dist.config.reward import ModelReward
 from ppo_dist.config.workers import Cluster
 from ppo_dist.protocols import LearnerGroup, Rewards, RolloutPool
 from ppo_dist.tracking.local import record_event
-
-ANY_PORT = 0  # a rank that is alone meets nobody
 
 if TYPE_CHECKING:
     from ppo_dist.cluster.groups import RayRanks
     from ppo_dist.cluster.pool import RemoteWorker
     from ppo_dist.cluster.session import Places
-    from ppo_dist.device import DeviceKind
     from ppo_dist.learner.group import Ranks
 
 
@@ -126,13 +122,9 @@ def learners(config: Config, model_path: str, resume: Path | None) -> Iterator[L
         InputError: the cluster has no room for them.
     """
     if config.cluster.kind == "local":
-        from ppo_dist.learner.group import InProcess
-        from ppo_dist.learner.worker import LearnerWorker, Seat
-        from ppo_dist.transport.memory import MemorySender
+        from ppo_dist.build import local
 
-        seat = Seat(0, 1, "127.0.0.1", ANY_PORT, _local_device(config))
-        worker = LearnerWorker(config, model_path, MemorySender(), seat, resume)
-        yield _group(config, InProcess(worker))
+        yield _group(config, local.ranks(config, model_path, resume))
         return
     from ppo_dist.cluster.groups import RayRanks
     from ppo_dist.cluster.session import fitting, reserved
@@ -152,19 +144,10 @@ def rollout_pool(config: Config, model_path: str) -> Iterator[tuple[RolloutPool,
         InputError: the cluster has no room for them.
     """
     if config.cluster.kind == "local":
-        from ppo_dist.device import prepare
-        from ppo_dist.rollout.pool import Pool
-        from ppo_dist.rollout.worker import RolloutWorker
-        from ppo_dist.transport.memory import MemoryReceiver
+        from ppo_dist.build import local
 
-        kind, threads = _local_device(config), config.rollout.threads
-        made = engine(config, model_path, kind)()
-        keep = config.stream.kept_versions
-        worker = RolloutWorker(MemoryReceiver(), lambda: made, keep)
-        with contextlib.closing(
-            Pool([worker], keep, prepare=lambda: prepare(kind, threads))
-        ) as own:
-            yield own, _local_rewards(config, model_path, kind)
+        with local.rollout_pool(config, model_path) as both:
+            yield both
         return
     from ppo_dist.cluster.pool import Crew, RemoteWorker
     from ppo_dist.cluster.session import fitting, reserved
@@ -190,18 +173,6 @@ def _remote_rewards(config: Config, model_path: str, places: Sequence[Places]) -
         judges = Judges(there, model_path, own, config.cluster, _events(config))
         made[section] = ModelScores(section, judges)
     return reward_source(config, made)
-
-
-def _local_rewards(config: Config, model_path: str, kind: DeviceKind) -> Rewards:
-    if not reward_models(config):
-        return reward_source(config)
-    from ppo_dist.rewards.model import ModelScores, RewardModel
-
-    def made(section: ModelReward) -> ModelScores:
-        model = RewardModel(section, model_path, kind)
-        return ModelScores(section, lambda shares: [model.judge(share) for share in shares])
-
-    return reward_source(config, {section: made(section) for section in reward_models(config)})
 
 
 def _group(config: Config, ranks: Ranks) -> LearnerGroup:
@@ -234,9 +205,3 @@ def _started(
 def _events(config: Config) -> Callable[..., None]:
     """Records what happens to workers beside the steps."""
     return functools.partial(record_event, Path(config.run.dir))
-
-
-def _local_device(config: Config) -> DeviceKind:
-    from ppo_dist import device
-
-    return device.available() if config.cluster.device == "auto" else config.cluster.device

@@ -43,16 +43,16 @@ class Ranks(Protocol):
 
 
 class InProcess:
-    """One worker in this process."""
+    """One worker in this process, whose calls `run` makes."""
 
     world = 1
 
-    def __init__(self, worker: LearnerWorker) -> None:
-        self._worker = worker
+    def __init__(self, worker: LearnerWorker, run: Callable[..., Any]) -> None:
+        self._worker, self._run = worker, run
 
     def call(self, method: Callable[..., R], args: Sequence[tuple[Any, ...]]) -> list[R]:
         """See Ranks."""
-        return [method(self._worker, *args[0])]
+        return [self._run(method, self._worker, *args[0])]
 
 
 class Learners:

@@ -30,22 +30,21 @@ class Pool:
         workers: Sequence[Worker],
         keep: int,
         note: Callable[..., None] = lambda event, **details: None,
-        prepare: Callable[[], object] = lambda: None,
         takes_turns: bool = False,
         limits: Cluster = Cluster(),  # noqa: B008 (frozen)
         another: Callable[[], Worker] | None = None,
         late_s: float = 60.0,
     ) -> None:
         """Weights of the newest `keep` versions are kept for workers that need them again. `note`
-        hears of failures; `prepare` is called in every thread that a worker is driven from. Workers
-        that take turns with the learners sleep when nothing is left to generate. Workers that are
-        lost are started anew within `limits`; with `another` their number can change. Those that
-        have not received a version after `late_s` are not waited for if others have.
+        hears of failures. Workers that take turns with the learners sleep when nothing is left to
+        generate. Workers that are lost are started anew within `limits`; with `another` their
+        number can change. Those that have not received a version after `late_s` are not waited for
+        if others have.
         """
         self._weights: dict[int, Weights] = {}
         self._keep, self._takes_turns, self._late_s = keep, takes_turns, late_s
         self._asked = len(workers)
-        self._prepare, self._another = prepare, another
+        self._another = another
         self._made: list[ThreadPoolExecutor] = []
         self._threads, self._senders = self._executors(len(workers))
         self._underway: dict[int, list[Future[Done]]] = {}
@@ -138,7 +137,7 @@ class Pool:
             executor.shutdown()
 
     def _executors(self, workers: int) -> tuple[ThreadPoolExecutor, ThreadPoolExecutor]:
-        generate = ThreadPoolExecutor(workers, "generate", self._prepare)
+        generate = ThreadPoolExecutor(workers, "generate")
         receive = ThreadPoolExecutor(workers, "receive")
         self._made += [generate, receive]
         return generate, receive

@@ -20,6 +20,7 @@ from rich.console import Console
 
 from ppo_dist import build
 from ppo_dist.build.engines import engine
+from ppo_dist.build.local import InTurn
 from ppo_dist.config import Config
 from ppo_dist.data.batching import pack, shares
 from ppo_dist.device import DTYPES
@@ -87,8 +88,8 @@ def run(raw: dict[str, Any], keep: Path) -> Found:
 
 
 class Processes:
-    """The largest memory of this process and of those that it starts, by name, in bytes; looked at
-    twice a second.
+    """The largest memory of this process and of those that it starts, by name, in bytes. Linux
+    keeps it, so to look seldom is enough; to look costs what is measured the interpreter's lock.
     """
 
     def __init__(self) -> None:
@@ -106,12 +107,18 @@ class Processes:
 
     def _watch(self) -> None:
         own = psutil.Process()
-        while not self._over.wait(0.5):
+        while not self._over.wait(5.0):
             for process in (own, *own.children(recursive=True)):
-                with contextlib.suppress(psutil.Error):
+                with contextlib.suppress(psutil.Error, OSError):
                     name = "driver" if process == own else _name(process.cmdline())
-                    used = process.memory_info().rss
-                    self.peak[name] = max(self.peak.get(name, 0), used)
+                    self.peak[name] = max(self.peak.get(name, 0), _largest(process.pid))
+
+
+def _largest(pid: int) -> int:
+    """The largest memory that a process has had, in bytes; 0 once it is over."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    found = (line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))
+    return 1024 * int(next(found, 0))
 
 
 def _name(command: Sequence[str]) -> str:
@@ -144,9 +151,13 @@ def _listen(seen: Seen, learners: Any, pool: Any) -> None:
 
 def _engine_alone(config: Config, chunks: Sequence[Chunk]) -> float:
     path = config.model.path or f"{config.run.dir}/model"  # made on the spot
-    made = engine(config, path, "cpu")()
     first = [dataclasses.replace(chunk, version=0) for chunk in chunks]
-    return timed(lambda: [made.generate(chunk) for chunk in first], 1)
+
+    def alone() -> float:
+        made = engine(config, path, "cpu")()
+        return timed(lambda: [made.generate(chunk) for chunk in first], 1)
+
+    return InTurn("cpu", config.rollout.threads)(alone)
 
 
 def learner(raw: dict[str, Any], keep: Path, times: int) -> Found:

@@ -33,7 +33,7 @@ class Work:
         should have done in that time on a machine of this matrix rate.
         """
         tokens = self.sequences * (PROMPT_TOKENS + 0.7 * self.max_new_tokens)
-        own = 12 * PARAMETERS * tokens / (0.55 * gflops * 1e9)
+        own = 12 * PARAMETERS * tokens / (REACHED[self.dtype] * gflops * 1e9)
         return replace(self, iterations=max(1, min(self.iterations, int(seconds / (5 * own)))))
 
 
@@ -47,6 +47,7 @@ KL = 0.05  # its coefficient in the reward
 LR = 1e-6
 WARM_UP = 4  # one in so many prompts is in the iteration that does not count
 PARAMETERS, PROMPT_TOKENS = 135e6, 70  # of SmolLM2 and of a sum as a chat, to guess a time
+REACHED = {"fp32": 0.55, "bf16": 0.25}  # of a matrix product's rate, about, in an iteration
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,98 @@
+"""Learners, a rollout worker and reward models in this process (`cluster.kind: local`).
+
+All of them compute in one thread, in turn. torch's OpenMP keeps a team of threads for each thread
+that computes; where these teams have more threads than there are cores, all of them sleep between
+two operations instead of waiting for the next: on two cores everything took a third longer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ppo_dist import device
+from ppo_dist.build.engines import engine
+from ppo_dist.build.parts import reward_source
+from ppo_dist.config import Config, reward_models
+from ppo_dist.config.reward import ModelReward
+from ppo_dist.learner.group import InProcess, Ranks
+from ppo_dist.learner.worker import LearnerWorker, Seat
+from ppo_dist.protocols import Rewards, RolloutEngine, RolloutPool
+from ppo_dist.reports import Vitals
+from ppo_dist.rewards.model import ModelScores, RewardModel
+from ppo_dist.rollout.pool import Pool
+from ppo_dist.rollout.worker import RolloutWorker
+from ppo_dist.transport.memory import MemoryReceiver, MemorySender
+from ppo_dist.types import Chunk, Rollout
+
+ANY_PORT = 0  # a rank that is alone meets nobody
+R = TypeVar("R")
+
+
+class InTurn:
+    """Makes calls in the thread that computes, with a device and a number of threads of their own,
+    and waits for them.
+    """
+
+    def __init__(self, kind: device.DeviceKind, threads: int) -> None:
+        self._kind, self._threads = kind, threads
+
+    def __call__(self, work: Callable[..., R], *args: Any) -> R:
+        """What `work` returns or raises."""
+        return _computing().submit(self._prepared, work, *args).result()
+
+    def _prepared(self, work: Callable[..., R], *args: Any) -> R:
+        device.prepare(self._kind, self._threads)
+        return work(*args)
+
+
+class LocalWorker(RolloutWorker):
+    """One whose engine is there, and which computes in turn with the others of this process."""
+
+    def __init__(self, made: RolloutEngine, keep: int, run: InTurn) -> None:
+        super().__init__(MemoryReceiver(), lambda: made, keep)
+        self._run = run
+
+    def timed(self, chunk: Chunk) -> tuple[list[Rollout], Vitals]:
+        """See RolloutWorker."""
+        return self._run(super().timed, chunk)
+
+
+def ranks(config: Config, model_path: str, resume: Path | None) -> Ranks:
+    """The one learner."""
+    kind = _device(config)
+    run = InTurn(kind, config.learner.threads)
+    seat = Seat(0, 1, "127.0.0.1", ANY_PORT, kind)
+    return InProcess(run(LearnerWorker, config, model_path, MemorySender(), seat, resume), run)
+
+
+@contextlib.contextmanager
+def rollout_pool(config: Config, model_path: str) -> Iterator[tuple[RolloutPool, Rewards]]:
+    """The one rollout worker with the model as it is on disk (version 0), and what judges."""
+    kind, keep = _device(config), config.stream.kept_versions
+    run = InTurn(kind, config.rollout.threads)
+    worker = LocalWorker(run(engine(config, model_path, kind)), keep, run)
+    with contextlib.closing(Pool([worker], keep)) as pool:
+        yield pool, _rewards(config, model_path, kind)
+
+
+def _rewards(config: Config, model_path: str, kind: device.DeviceKind) -> Rewards:
+    def made(section: ModelReward) -> ModelScores:
+        run = InTurn(kind, section.threads)
+        model = run(RewardModel, section, model_path, kind)
+        return ModelScores(section, lambda shares: [run(model.judge, share) for share in shares])
+
+    return reward_source(config, {section: made(section) for section in reward_models(config)})
+
+
+@functools.cache
+def _computing() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, "compute")
+
+
+def _device(config: Config) -> device.DeviceKind:
+    return device.available() if config.cluster.device == "auto" else config.cluster.device
