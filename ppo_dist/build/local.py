@@ -1,16 +1,15 @@
 """Learners, a rollout worker and reward models in this process (`cluster.kind: local`).
 
-All of them compute in one thread, in turn. torch's OpenMP keeps a team of threads for each thread
-that computes; where these teams have more threads than there are cores, all of them sleep between
-two operations instead of waiting for the next: on two cores everything took a third longer.
+All of them compute in the main thread, in turn. torch's OpenMP keeps a team of threads for each
+thread that computes; where these teams have more threads than there are cores, all of them sleep
+between two operations instead of waiting for the next: on two cores all took a third longer.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,24 +33,41 @@ R = TypeVar("R")
 
 
 class InTurn:
-    """Makes calls in the thread that computes, with a device and a number of threads of their own,
-    and waits for them.
-    """
+    """Makes calls with a device and a number of threads of their own."""
 
     def __init__(self, kind: device.DeviceKind, threads: int) -> None:
         self._kind, self._threads = kind, threads
 
     def __call__(self, work: Callable[..., R], *args: Any) -> R:
         """What `work` returns or raises."""
-        return _computing().submit(self._prepared, work, *args).result()
-
-    def _prepared(self, work: Callable[..., R], *args: Any) -> R:
         device.prepare(self._kind, self._threads)
         return work(*args)
 
 
+class Later(Executor):
+    """Does what it is asked when somebody wants the result, in that one's thread."""
+
+    def submit(self, work: Callable[..., R], /, *args: Any, **named: Any) -> Future[R]:
+        """See Executor."""
+        return _Deferred(lambda: work(*args, **named))
+
+
+class _Deferred(Future[R]):
+    def __init__(self, work: Callable[[], R]) -> None:
+        super().__init__()
+        self._work = work
+
+    def result(self, timeout: float | None = None) -> R:
+        if not self.done():
+            try:
+                self.set_result(self._work())
+            except Exception as error:
+                self.set_exception(error)
+        return super().result(timeout)
+
+
 class LocalWorker(RolloutWorker):
-    """One whose engine is there, and which computes in turn with the others of this process."""
+    """One whose engine is there, and which computes in turn with others."""
 
     def __init__(self, made: RolloutEngine, keep: int, run: InTurn) -> None:
         super().__init__(MemoryReceiver(), lambda: made, keep)
@@ -76,7 +92,7 @@ def rollout_pool(config: Config, model_path: str) -> Iterator[tuple[RolloutPool,
     kind, keep = _device(config), config.stream.kept_versions
     run = InTurn(kind, config.rollout.threads)
     worker = LocalWorker(run(engine(config, model_path, kind)), keep, run)
-    with contextlib.closing(Pool([worker], keep)) as pool:
+    with contextlib.closing(Pool([worker], keep, generators=lambda _: Later())) as pool:
         yield pool, _rewards(config, model_path, kind)
 
 
@@ -87,11 +103,6 @@ def _rewards(config: Config, model_path: str, kind: device.DeviceKind) -> Reward
         return ModelScores(section, lambda shares: [run(model.judge, share) for share in shares])
 
     return reward_source(config, {section: made(section) for section in reward_models(config)})
-
-
-@functools.cache
-def _computing() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(1, "compute")
 
 
 def _device(config: Config) -> device.DeviceKind:

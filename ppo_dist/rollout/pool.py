@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 
 from ppo_dist.config import RunError, WorkersLost
 from ppo_dist.config.workers import Cluster
@@ -17,6 +17,10 @@ from ppo_dist.types import Chunk, Rollout, Weights
 ATTEMPTS = 3
 ON_DISK = 0  # the version that an engine starts with
 Done = tuple[list[Rollout], Vitals, int]  # and the worker that did it
+
+
+def _threads(workers: int) -> Executor:
+    return ThreadPoolExecutor(workers, "generate")
 
 
 class Pool:
@@ -34,18 +38,19 @@ class Pool:
         limits: Cluster = Cluster(),  # noqa: B008 (frozen)
         another: Callable[[], Worker] | None = None,
         late_s: float = 60.0,
+        generators: Callable[[int], Executor] = _threads,
     ) -> None:
         """Weights of the newest `keep` versions are kept for workers that need them again. `note`
         hears of failures. Workers that take turns with the learners sleep when nothing is left to
         generate. Workers that are lost are started anew within `limits`; with `another` their
         number can change. Those that have not received a version after `late_s` are not waited for
-        if others have.
+        if others have. `generators` makes what drives that many workers.
         """
         self._weights: dict[int, Weights] = {}
         self._keep, self._takes_turns, self._late_s = keep, takes_turns, late_s
         self._asked = len(workers)
         self._another = another
-        self._made: list[ThreadPoolExecutor] = []
+        self._generators, self._made = generators, list[Executor]()
         self._threads, self._senders = self._executors(len(workers))
         self._underway: dict[int, list[Future[Done]]] = {}
         self._waiting: Counter[int] = Counter()  # chunks of a version that no worker has begun
@@ -136,8 +141,8 @@ class Pool:
         for executor in self._made:
             executor.shutdown()
 
-    def _executors(self, workers: int) -> tuple[ThreadPoolExecutor, ThreadPoolExecutor]:
-        generate = ThreadPoolExecutor(workers, "generate")
+    def _executors(self, workers: int) -> tuple[Executor, Executor]:
+        generate = self._generators(workers)
         receive = ThreadPoolExecutor(workers, "receive")
         self._made += [generate, receive]
         return generate, receive

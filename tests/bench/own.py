@@ -20,7 +20,6 @@ from rich.console import Console
 
 from ppo_dist import build
 from ppo_dist.build.engines import engine
-from ppo_dist.build.local import InTurn
 from ppo_dist.config import Config
 from ppo_dist.data.batching import pack, shares
 from ppo_dist.device import DTYPES
@@ -151,13 +150,9 @@ def _listen(seen: Seen, learners: Any, pool: Any) -> None:
 
 def _engine_alone(config: Config, chunks: Sequence[Chunk]) -> float:
     path = config.model.path or f"{config.run.dir}/model"  # made on the spot
+    made = engine(config, path, "cpu")()
     first = [dataclasses.replace(chunk, version=0) for chunk in chunks]
-
-    def alone() -> float:
-        made = engine(config, path, "cpu")()
-        return timed(lambda: [made.generate(chunk) for chunk in first], 1)
-
-    return InTurn("cpu", config.rollout.threads)(alone)
+    return timed(lambda: [made.generate(chunk) for chunk in first], 1)
 
 
 def learner(raw: dict[str, Any], keep: Path, times: int) -> Found:
