@@ -156,19 +156,23 @@ def _engine_alone(config: Config, chunks: Sequence[Chunk]) -> float:
 
 
 def learner(raw: dict[str, Any], keep: Path, times: int) -> Found:
-    """A learner alone, on what a run learned from, and the bare forward and backward passes of the
-    same micro-batches; its memory beside the sum of its parts.
+    """A learner alone, on what a run learned from, in turn with the bare forward and backward passes
+    of the same micro-batches; its memory beside the sum of its parts.
     """
     config = Config.model_validate(raw)
     seen: Seen = pickle.loads(keep.read_bytes())
     before = psutil.Process().memory_info().rss
-    with build.learners(config, str(config.model.path), None) as group:
-        annotate = timed(lambda: group.annotate(seen.rollouts), 1) if seen.rollouts else 0.0
-        update = timed(lambda: group.update(seen.updates, COEFFICIENTS), times)
-        used = peak() - before
     models = 2 if seen.rollouts else 1  # without rollouts no critic learns
     batches = packed(seen.updates, config.learner.micro_batch_tokens)
-    alone, saved = bare(config, batches, models, times)
+    with build.learners(config, str(config.model.path), None) as group:
+        annotate = timed(lambda: group.annotate(seen.rollouts), 1) if seen.rollouts else 0.0
+        for _ in range(2):
+            group.update(seen.updates, COEFFICIENTS)
+        used = peak() - before
+        passes, saved = bare(config, batches, models)
+        update, alone = timed_in_turn(
+            times, lambda: group.update(seen.updates, COEFFICIENTS), passes
+        )
     tokens = sum(len(s.tokens_T) for sequences in seen.updates for s in sequences)
     seconds = {"annotate": annotate, "update": update, "bare": alone}
     more = {
@@ -181,15 +185,22 @@ def learner(raw: dict[str, Any], keep: Path, times: int) -> Found:
     )
 
 
-def timed(work: Callable[[], Any], times: int) -> float:
+def timed(work: Callable[[], Any], times: int, warm: bool = True) -> float:
     """Median seconds, after a first time that does not count."""
-    work()
+    if warm:
+        work()
     taken = []
     for _ in range(times):
         begin = time.perf_counter()
         work()
         taken.append(time.perf_counter() - begin)
     return statistics.median(taken)
+
+
+def timed_in_turn(times: int, *works: Callable[[], Any]) -> list[float]:
+    """Median seconds of each, so that a machine that is slower for a while is so for all."""
+    taken = [[timed(work, 1, warm=not turn) for work in works] for turn in range(times)]
+    return [statistics.median(each) for each in zip(*taken, strict=True)]
 
 
 def peak() -> int:
@@ -225,10 +236,10 @@ def packed(updates: Sequence[Sequence[TrainSequence]], budget: int) -> list[Micr
 
 
 def bare(
-    config: Config, micro_batches: Sequence[MicroBatch], models: int, times: int
-) -> tuple[float, int]:
-    """Seconds of forward and backward of all micro-batches by the policy, and by the critic where
-    there are two models, without optimizer; and the bytes that autograd keeps of the largest.
+    config: Config, micro_batches: Sequence[MicroBatch], models: int
+) -> tuple[Callable[[], None], int]:
+    """Forward and backward of all micro-batches by the policy, and by the critic where there are
+    two models, without optimizer; and the bytes that autograd keeps of the largest.
     """
     path, dtype = str(config.model.path), DTYPES[config.learner.dtype]
     policy = PolicyModel(load_policy(path, dtype).train(), config.learner.logits_chunk)
@@ -243,7 +254,6 @@ def bare(
             if models == 2:
                 critic(*batch.row).square().sum().backward()
 
-    seconds = timed(both, times)
     largest = max(range(len(batches)), key=lambda n: len(batches[n].tokens_S))
     kept: dict[int, int] = {}
 
@@ -256,7 +266,7 @@ def bare(
     for parameter in policy.parameters():
         kept.pop(parameter.untyped_storage().data_ptr(), None)
     del out
-    return seconds, sum(kept.values())
+    return both, sum(kept.values())
 
 
 def _parts(config: Config, models: int) -> int:

@@ -14,7 +14,7 @@ from ppo_dist.config import Config
 from ppo_dist.config.data import FromScratch
 from ppo_dist.models.scratch import make_model
 from ppo_dist.types import TrainSequence
-from tests.bench.own import COEFFICIENTS, bare, packed, timed
+from tests.bench.own import COEFFICIENTS, bare, packed, timed_in_turn
 from tests.conftest import raw_config
 
 SHAPE = FromScratch(layers=4, hidden=192, heads=6, context=128)
@@ -46,6 +46,6 @@ def test_training_against_bare_forward_and_backward_passes(config: Config) -> No
     updates = [sequences(48), sequences(48)]
     with build.learners(config, str(config.model.path), None) as group:
         group.annotate([])
-        update = timed(lambda: group.update(updates, COEFFICIENTS), 3)
-    alone, _ = bare(config, packed(updates, 2048), models=2, times=3)
+        passes, _ = bare(config, packed(updates, 2048), models=2)
+        update, alone = timed_in_turn(3, lambda: group.update(updates, COEFFICIENTS), passes)
     assert update < 2 * alone, (update, alone)
