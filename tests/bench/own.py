@@ -156,7 +156,7 @@ def _engine_alone(config: Config, chunks: Sequence[Chunk]) -> float:
 
 
 def learner(raw: dict[str, Any], keep: Path, times: int) -> Found:
-    """A learner alone, on what a run learned from, in turn with the bare forward and backward passes
+    """A learner alone on what a run learned from, in turn with the bare forward and backward passes
     of the same micro-batches; its memory beside the sum of its parts.
     """
     config = Config.model_validate(raw)
