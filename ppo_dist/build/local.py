@@ -8,6 +8,7 @@ between two operations instead of waiting for the next: on two cores all took a 
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from pathlib import Path
@@ -45,24 +46,38 @@ class InTurn:
 
 
 class Later(Executor):
-    """Does what it is asked when somebody wants the result, in that one's thread."""
+    """Does what it is asked when somebody wants a result, in that one's thread, and in the order in
+    which it was asked.
+    """
+
+    def __init__(self) -> None:
+        self._asked: deque[_Deferred[Any]] = deque()
 
     def submit(self, work: Callable[..., R], /, *args: Any, **named: Any) -> Future[R]:
         """See Executor."""
-        return _Deferred(lambda: work(*args, **named))
+        deferred = _Deferred(self, lambda: work(*args, **named))
+        self._asked.append(deferred)
+        return deferred
+
+    def do_until(self, wanted: Future[Any]) -> None:
+        """All up to that one."""
+        while not wanted.done():
+            self._asked.popleft().do()
 
 
 class _Deferred(Future[R]):
-    def __init__(self, work: Callable[[], R]) -> None:
+    def __init__(self, executor: Later, work: Callable[[], R]) -> None:
         super().__init__()
-        self._work = work
+        self._executor, self._work = executor, work
+
+    def do(self) -> None:
+        try:
+            self.set_result(self._work())
+        except Exception as error:
+            self.set_exception(error)
 
     def result(self, timeout: float | None = None) -> R:
-        if not self.done():
-            try:
-                self.set_result(self._work())
-            except Exception as error:
-                self.set_exception(error)
+        self._executor.do_until(self)
         return super().result(timeout)
 
 
