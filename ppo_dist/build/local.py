@@ -98,7 +98,7 @@ def ranks(config: Config, model_path: str, resume: Path | None) -> Ranks:
     kind = _device(config)
     run = InTurn(kind, config.learner.threads)
     seat = Seat(0, 1, "127.0.0.1", ANY_PORT, kind)
-    return InProcess(run(LearnerWorker, config, model_path, MemorySender(), seat, resume), run)
+    return InProcess(LearnerWorker(config, model_path, MemorySender(), seat, resume), run)
 
 
 @contextlib.contextmanager
@@ -106,7 +106,7 @@ def rollout_pool(config: Config, model_path: str) -> Iterator[tuple[RolloutPool,
     """The one rollout worker with the model as it is on disk (version 0), and what judges."""
     kind, keep = _device(config), config.stream.kept_versions
     run = InTurn(kind, config.rollout.threads)
-    worker = LocalWorker(run(engine(config, model_path, kind)), keep, run)
+    worker = LocalWorker(engine(config, model_path, kind)(), keep, run)
     with contextlib.closing(Pool([worker], keep, generators=lambda _: Later())) as pool:
         yield pool, _rewards(config, model_path, kind)
 
@@ -114,7 +114,7 @@ def rollout_pool(config: Config, model_path: str) -> Iterator[tuple[RolloutPool,
 def _rewards(config: Config, model_path: str, kind: device.DeviceKind) -> Rewards:
     def made(section: ModelReward) -> ModelScores:
         run = InTurn(kind, section.threads)
-        model = run(RewardModel, section, model_path, kind)
+        model = RewardModel(section, model_path, kind)
         return ModelScores(section, lambda shares: [run(model.judge, share) for share in shares])
 
     return reward_source(config, {section: made(section) for section in reward_models(config)})

@@ -19,7 +19,7 @@ ON_DISK = 0  # the version that an engine starts with
 Done = tuple[list[Rollout], Vitals, int]  # and the worker that did it
 
 
-def _threads(workers: int) -> Executor:
+def _a_thread_each(workers: int) -> Executor:
     return ThreadPoolExecutor(workers, "generate")
 
 
@@ -38,7 +38,7 @@ class Pool:
         limits: Cluster = Cluster(),  # noqa: B008 (frozen)
         another: Callable[[], Worker] | None = None,
         late_s: float = 60.0,
-        generators: Callable[[int], Executor] = _threads,
+        generators: Callable[[int], Executor] = _a_thread_each,
     ) -> None:
         """Weights of the newest `keep` versions are kept for workers that need them again. `note`
         hears of failures. Workers that take turns with the learners sleep when nothing is left to
