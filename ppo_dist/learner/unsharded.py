@@ -58,6 +58,7 @@ class Unsharded:
         masters = [m for p, m in self._masters.items() if m is not p]
         states = [value for state in self._optimizer.state.values() for value in state.values()]
         self._asleep.send([*masters, *states])
+        self._gradients, self._sums = None, {}
 
     def backward(self, loss_sum: torch.Tensor) -> None:
         """See ZeroEngine."""
@@ -77,7 +78,6 @@ class Unsharded:
             for group, lr in zip(self._optimizer.param_groups, lrs, strict=True):
                 group["lr"] = lr
             self._change()
-        self._gradients, self._sums = None, {}
         self._begun.clear()
         return norm
 
@@ -111,8 +111,9 @@ class Unsharded:
                 state["step"].zero_()
 
     def _hold_gradients(self) -> None:
-        """Takes their memory before the first forward pass, if a step has given it back: a backward
-        pass would put them among activations, and leave holes for ever.
+        """Takes their memory before the first forward pass: a backward pass would put them among
+        activations, and leave holes for ever. Until the next sleep it stays, since on a CPU to
+        touch fresh memory takes longer than to add gradients up in it.
         """
         if self._gradients is not None:
             return
