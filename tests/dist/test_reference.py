@@ -276,6 +276,9 @@ class Probe(LearnerActor):
 
         policy.module.register_forward_pre_hook(look)
 
+    def sleep(self) -> None:
+        self._roles.sleep()
+
     def held(self) -> list[bool]:
         """Whether there was memory for them, in order."""
         return self._held
@@ -475,7 +478,8 @@ def test_at_stage_0_the_memory_is_taken_at_the_start(
     probes: Callable[[int], Probes], tiny_models: dict[str, Path], tmp_path: Path
 ) -> None:
     """AdamW's state is there before the first step; its count begins at none, and no parameter has
-    moved. The memory of all gradients is there before the first pass of an update, and not else.
+    moved. The memory of all gradients is there too, until the learner sleeps, and again before the
+    first pass of the next update.
     """
     case = Case(0, 2, 48, "none", False, "mixed", "gpt2")
     raw = algorithm(tmp_path, case).model_dump(mode="json")
@@ -488,11 +492,16 @@ def test_at_stage_0_the_memory_is_taken_at_the_start(
         assert np.array_equal(before[f"policy.{name}"], values.detach().double().numpy()), name
     group.call(Probe.watch, [()] * 2)
     learners.update([first], PLAIN)
-    learners.annotate([s.rollout for s in work()[0][0]])
-    in_order = [held for held, _ in itertools.groupby(group.call(Probe.held, [()] * 2)[0])]
-    assert in_order == [True, False], "in the update, after it"
     steps, squares = zip(*group.call(Probe.remembered, [()] * 2)[0], strict=True)
     assert set(steps) == {1.0} and sum(squares) > 0.0
+    rollouts = [s.rollout for s in work()[0][0]]
+    learners.annotate(rollouts)
+    assert all(group.call(Probe.held, [()] * 2)[0]), "it stays after an update"
+    group.call(Probe.sleep, [()] * 2)
+    learners.annotate(rollouts)
+    learners.update([first], PLAIN)
+    in_order = [held for held, _ in itertools.groupby(group.call(Probe.held, [()] * 2)[0])]
+    assert in_order == [True, False, True], "until it sleeps, asleep, in the next update"
 
 
 @pytest.mark.slow
