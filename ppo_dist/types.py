@@ -252,21 +252,24 @@ class PackedRow:
     """Sequences in one row without padding; what their prompts have in common at the beginning is
     there once.
 
-    `table_BL` lists, for each sequence, the row indices of its tokens (0 in the padding at its
-    right): this is what attention works on. `home_S` says in which slot of the flat table the
-    output for each row token is found. Response position k is predicted by the hidden state at row
-    index `states_K[k]` and has the token `targets_K[k]`. A response's last token predicts nothing,
-    so it is left out unless the state after it is asked for.
+    Attention works on tables of sequences of about one length, of `shapes` (sequences, longest):
+    `slots_N` lists, table after table, the row indices of each sequence's tokens (0 in the padding
+    at its right), and `home_S` says in which slot the output for each row token is found. Response
+    position k is predicted by the hidden state at row index `states_K[k]` and has the token
+    `targets_K[k]`. A response's last token predicts nothing, so it is left out unless the state
+    after it is asked for.
 
     Example, the prompt [5, 6] with responses [7, 1] and [8, 9, 1]:
-        tokens_S=[5, 6, 7, 8, 9]  positions_S=[0, 1, 2, 2, 3]  table_BL=[[0, 1, 2, 0], [0, 1, 3, 4]]
-        home_S=[0, 1, 2, 6, 7]  states_K=[1, 2, 1, 3, 4]  targets_K=[7, 1, 8, 9, 1]
+        tokens_S=[5, 6, 7, 8, 9]  positions_S=[0, 1, 2, 2, 3]
+        slots_N=[0, 1, 3, 4, 0, 1, 2, 0]  home_S=[4, 5, 6, 2, 3]  shapes=((2, 4),)
+        states_K=[1, 2, 1, 3, 4]  targets_K=[7, 1, 8, 9, 1]
     """
 
     tokens_S: Ints
     positions_S: Ints
-    table_BL: Ints
+    slots_N: Ints
     home_S: Ints
+    shapes: tuple[tuple[int, int], ...]
     states_K: Ints
     targets_K: Ints
 

@@ -133,8 +133,11 @@ class LearnerSection(Section):
     micro_batch_tokens: int = Field(
         4096, ge=1, description="tokens packed into one forward pass (one longer sequence may pass)"
     )
-    logits_chunk: int = Field(
-        1024, ge=1, description="response positions whose logits exist at one time"
+    logits_chunk: int | None = Field(
+        None,
+        ge=1,
+        description="response positions whose logits exist at one time; null: 256 on CPUs, whose "
+        "caches are small, 1024 on GPUs",
     )
     optimizer: AnyOptimizer = Field(AdamW(), description="of policy and critic")
     lr: Scalar = Field(Constant(value=1e-5), description="learning rate of the policy")

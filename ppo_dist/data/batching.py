@@ -12,6 +12,11 @@ import numpy as np
 from ppo_dist.reports import TokenCounts
 from ppo_dist.types import Floats, Ints, MicroBatch, PackedRow, TrainSequence
 
+TABLE = 128**2
+"""What one more table costs in attention, in squares of tokens: about as much as a sequence of 128
+(two CPU cores, SmolLM2-135M).
+"""
+
 
 def cut(lengths: Sequence[int], ranks: int, budget: int) -> list[list[list[int]]]:
     """Indices of units by rank and micro-batch: `cut(...)[rank][micro_batch]`.
@@ -122,21 +127,46 @@ def pack_rows(rows: Sequence[tuple[Ints, int]], end: bool) -> PackedRow:
         owned[b] = common
         before, at_before = prompts[b], indices[b]
         used += len(own)
-    width = max(map(len, indices))
-    table_BL = np.zeros((len(rows), width), np.int64)
+    tables = _tables([len(at) for at in indices])
+    shapes = tuple((len(members), len(indices[members[0]])) for members in tables)
+    slots_N = np.zeros(sum(rows * width for rows, width in shapes), np.int64)
     home_S = np.zeros(used, np.int64)
-    for b, (at, first) in enumerate(zip(indices, owned, strict=True)):
-        table_BL[b, : len(at)] = at
-        home_S[at[first:]] = b * width + np.arange(first, len(at))
+    begin = 0
+    for members, (_, width) in zip(tables, shapes, strict=True):
+        for b in members:
+            at, first = indices[b], owned[b]
+            slots_N[begin : begin + len(at)] = at
+            home_S[at[first:]] = begin + np.arange(first, len(at))
+            begin += width
     targets = [np.append(t[p:], 0) if end else t[p:] for t, p in rows]
     return PackedRow(
         tokens_S=np.concatenate(tokens),
         positions_S=np.concatenate(positions),
-        table_BL=table_BL,
+        slots_N=slots_N,
         home_S=home_S,
+        shapes=shapes,
         states_K=np.concatenate([at[p - 1 :] for at, (_, p) in zip(indices, rows, strict=True)]),
         targets_K=np.concatenate(targets),
     )
+
+
+def _tables(lengths: Sequence[int]) -> list[list[int]]:
+    """Sequences in tables for attention, the longest first; so that the sum over the tables of
+    sequences × longest², and TABLE each, is as small as can be.
+    """
+    order = sorted(range(len(lengths)), key=lambda b: (-lengths[b], b))
+    long = [lengths[b] for b in order]
+    cuts = [i for i in range(len(order)) if not i or long[i] < long[i - 1]]
+    least, begins = {0: 0}, {}
+    for end in [*cuts[1:], len(order)]:
+        costs = {i: least[i] + (end - i) * long[i] ** 2 + TABLE for i in cuts if i < end}
+        begins[end] = min(costs, key=costs.__getitem__)
+        least[end] = costs[begins[end]]
+    tables, end = [], len(order)
+    while end:
+        tables.append(order[begins[end] : end])
+        end = begins[end]
+    return tables[::-1]
 
 
 def _common(a: Ints, b: Ints) -> int:

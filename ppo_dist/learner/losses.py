@@ -5,6 +5,7 @@ update.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -22,8 +23,9 @@ class Tensors:
 
     tokens_S: torch.Tensor
     positions_S: torch.Tensor
-    table_BL: torch.Tensor
+    slots_N: torch.Tensor
     home_S: torch.Tensor
+    shapes: tuple[tuple[int, int], ...]
     states_K: torch.Tensor
     targets_K: torch.Tensor
     policy_weight_K: torch.Tensor
@@ -38,14 +40,16 @@ class Tensors:
     @classmethod
     def of(cls, batch: MicroBatch, device: torch.device) -> Tensors:
         """The same arrays as tensors on the device."""
-        weights = {name: array for name, array in vars(batch).items() if name != "row"}
-        arrays = {**vars(batch.row), **weights}
-        return cls(**{name: torch.as_tensor(array).to(device) for name, array in arrays.items()})
+        arrays = {**vars(batch.row), **vars(batch)}
+        del arrays["row"], arrays["shapes"]
+        tensors = {name: torch.as_tensor(array).to(device) for name, array in arrays.items()}
+        return cls(shapes=batch.row.shapes, **tensors)
 
     @property
-    def row(self) -> tuple[torch.Tensor, ...]:
+    def row(self) -> tuple[Any, ...]:
         """The first arguments of both models' forward pass."""
-        return self.tokens_S, self.positions_S, self.table_BL, self.home_S, self.states_K
+        packing = self.slots_N, self.home_S, self.shapes
+        return self.tokens_S, self.positions_S, *packing, self.states_K
 
 
 def policy_loss(

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import AutoModel, PreTrainedModel
 from transformers.utils import logging
 
-from ppo_dist.models.packing import ATTENTION, Packing
+from ppo_dist.models.packing import ATTENTION, Packing, Shapes
 from ppo_dist.models.policy import hidden, value_head, without_dropout
 
 
@@ -23,12 +23,14 @@ class CriticModel(nn.Module):
         self,
         tokens_S: torch.Tensor,
         positions_S: torch.Tensor,
-        table_BL: torch.Tensor,
+        slots_N: torch.Tensor,
         home_S: torch.Tensor,
+        shapes: Shapes,
         states_K: torch.Tensor,
     ) -> torch.Tensor:
         """values_K, in fp32."""
-        hidden_KH = hidden(self.trunk, tokens_S, positions_S, Packing(table_BL, home_S), states_K)
+        packing = Packing(slots_N, home_S, shapes)
+        hidden_KH = hidden(self.trunk, tokens_S, positions_S, packing, states_K)
         values_K: torch.Tensor = self.head(hidden_KH)
         return values_K
 

@@ -1,9 +1,9 @@
 """Attention within packed sequences.
 
 Everything in a transformer but its attention works on one token at a time, so it runs on the row
-as it is. For attention, queries, keys and values are gathered into one small causal table per
-sequence, and what comes out is scattered back. No mask over the row exists: work grows with the
-sum of squared lengths, not with the square of the row.
+as it is. For attention, queries, keys and values are gathered into causal tables of sequences of
+about one length, and what comes out is scattered back. No mask over the row exists: work grows with
+the sum of squared lengths, not with the square of the row.
 """
 
 from __future__ import annotations
@@ -20,14 +20,17 @@ from transformers.modeling_utils import AttentionInterface
 from ppo_dist.device import attention_dtype
 
 ATTENTION = "ppo_dist_packed"
+Shapes = tuple[tuple[int, int], ...]
+"""(sequences, longest) of each table."""
 
 
 @dataclass(frozen=True)
 class Packing:
-    """Where the sequences of a row are: `table_BL` and `home_S` of PackedRow."""
+    """Where the sequences of a row are; see PackedRow."""
 
-    table_BL: torch.Tensor
+    slots_N: torch.Tensor
     home_S: torch.Tensor
+    shapes: Shapes
 
 
 def attend(
@@ -59,28 +62,29 @@ def attend(
             query, key, value, attention_mask, is_causal=causal, scale=scaling, enable_gqa=grouped
         )
         return out.transpose(1, 2).contiguous(), None
-    sequences, width = packing.table_BL.shape
-    if sliding_window is not None and sliding_window < width:
+    longest = max(width for _, width in packing.shapes)
+    if sliding_window is not None and sliding_window < longest:
         raise ValueError(
             f"attention with a sliding_window of {sliding_window} tokens is not supported on"
-            f" sequences of {width}"
+            f" sequences of {longest}"
         )
-    table = packing.table_BL.reshape(-1)
 
-    def gathered(row: torch.Tensor) -> torch.Tensor:
+    def gathered(row: torch.Tensor) -> list[torch.Tensor]:
         tokens = row[0].transpose(0, 1).to(attention_dtype(row))
-        picked = tokens.index_select(0, table)
-        return picked.view(sequences, width, *picked.shape[1:]).transpose(1, 2)
+        picked = tokens.index_select(0, packing.slots_N)
+        parts = torch.split(picked, [rows * width for rows, width in packing.shapes])
+        return [
+            part.view(*shape, *part.shape[1:]).transpose(1, 2)
+            for part, shape in zip(parts, packing.shapes, strict=True)
+        ]
 
-    out = F.scaled_dot_product_attention(
-        gathered(query),
-        gathered(key),
-        gathered(value),
-        is_causal=True,
-        scale=scaling,
-        enable_gqa=grouped,
-    )
-    scattered = out.transpose(1, 2).flatten(0, 1).index_select(0, packing.home_S)
+    outs = [
+        F.scaled_dot_product_attention(*tables, is_causal=True, scale=scaling, enable_gqa=grouped)
+        .transpose(1, 2)
+        .flatten(0, 1)
+        for tables in zip(gathered(query), gathered(key), gathered(value), strict=True)
+    ]
+    scattered = torch.cat(outs).index_select(0, packing.home_S)
     return scattered[None].to(query.dtype), None
 
 

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from ppo_dist.models.head import Head
-from ppo_dist.models.packing import ATTENTION, Packing, no_mask
+from ppo_dist.models.packing import ATTENTION, Packing, Shapes, no_mask
 
 # of Gemma, Cohere and Granite: their logits are not what the head alone gives
 AFTER_THE_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling")
@@ -88,16 +88,16 @@ class PolicyModel(nn.Module):
         self,
         tokens_S: torch.Tensor,
         positions_S: torch.Tensor,
-        table_BL: torch.Tensor,
+        slots_N: torch.Tensor,
         home_S: torch.Tensor,
+        shapes: Shapes,
         states_K: torch.Tensor,
         targets_K: torch.Tensor,
         temperature_K: torch.Tensor,
     ) -> PolicyOutput:
         """Of softmax(logits / temperature), in fp32; see Head."""
-        hidden_KH = hidden(
-            self.lm.base_model, tokens_S, positions_S, Packing(table_BL, home_S), states_K
-        )
+        packing = Packing(slots_N, home_S, shapes)
+        hidden_KH = hidden(self.lm.base_model, tokens_S, positions_S, packing, states_K)
         logprobs_K, entropy_K, is_argmax_K = self.head(hidden_KH, targets_K, temperature_K)
         values_K = torch.zeros_like(logprobs_K)
         if self.value_head is not None:

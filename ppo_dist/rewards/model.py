@@ -120,12 +120,12 @@ class RewardModel:
         rows = [self._row(exchange) for exchange in batch]
         ends = np.cumsum([len(tokens_T) - prompt + 1 for tokens_T, prompt in rows]) - 1
         row = pack_rows(rows, end=True)
-        columns = (row.tokens_S, row.positions_S, row.table_BL, row.home_S, row.states_K[ends])
-        tokens_S, positions_S, *packing, ends_B = (
+        columns = (row.tokens_S, row.positions_S, row.slots_N, row.home_S, row.states_K[ends])
+        tokens_S, positions_S, slots_N, home_S, ends_B = (
             torch.from_numpy(column).to(self._device) for column in columns
         )
-        trunk = self._model.base_model
-        hidden_BH = hidden(trunk, tokens_S, positions_S, Packing(*packing), ends_B)
+        packing = Packing(slots_N, home_S, row.shapes)
+        hidden_BH = hidden(self._model.base_model, tokens_S, positions_S, packing, ends_B)
         values: list[float] = self._head(hidden_BH)[:, 0].float().tolist()
         return values
 

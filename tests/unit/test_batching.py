@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import numpy as np
@@ -9,10 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ppo_dist.data import batching
 from ppo_dist.data.batching import count_tokens, cut, pack, pack_rows, shares, units
 from ppo_dist.data.chunks import chunks
 from ppo_dist.reports import TokenCounts
-from ppo_dist.types import Chunk, Prompt, Sampling, TrainSequence
+from ppo_dist.types import Chunk, PackedRow, Prompt, Sampling, TrainSequence
 
 lengths = st.lists(st.integers(0, 60), max_size=40)
 
@@ -109,8 +111,9 @@ def test_the_packed_row_of_the_docstring() -> None:
     packed = pack_rows(PAIR, end=False)
     assert packed.tokens_S.tolist() == [5, 6, 7, 8, 9]
     assert packed.positions_S.tolist() == [0, 1, 2, 2, 3]
-    assert packed.table_BL.tolist() == [[0, 1, 2, 0], [0, 1, 3, 4]]
-    assert packed.home_S.tolist() == [0, 1, 2, 6, 7]
+    assert packed.slots_N.tolist() == [0, 1, 3, 4, 0, 1, 2, 0]
+    assert packed.home_S.tolist() == [4, 5, 6, 2, 3]
+    assert packed.shapes == ((2, 4),)
     assert packed.states_K.tolist() == [1, 2, 1, 3, 4]
     assert packed.targets_K.tolist() == [7, 1, 8, 9, 1]
 
@@ -119,25 +122,54 @@ def test_the_packed_row_with_the_state_after_the_end() -> None:
     packed = pack_rows(PAIR, end=True)
     assert packed.tokens_S.tolist() == [5, 6, 7, 1, 8, 9, 1]
     assert packed.positions_S.tolist() == [0, 1, 2, 3, 2, 3, 4]
-    assert packed.table_BL.tolist() == [[0, 1, 2, 3, 0], [0, 1, 4, 5, 6]]
-    assert packed.home_S.tolist() == [0, 1, 2, 3, 7, 8, 9]
+    assert packed.slots_N.tolist() == [0, 1, 4, 5, 6, 0, 1, 2, 3, 0]
+    assert packed.home_S.tolist() == [5, 6, 7, 8, 2, 3, 4]
+    assert packed.shapes == ((2, 5),)
     assert packed.states_K.tolist() == [1, 2, 3, 1, 4, 5, 6]
     assert packed.targets_K.tolist() == [7, 1, 0, 8, 9, 1, 0]
 
 
+def in_tables(packed: PackedRow, lengths: list[int]) -> list[np.ndarray]:
+    """The row indices of each sequence's tokens; the longest sequences are in the first table."""
+    sizes = [rows * width for rows, width in packed.shapes]
+    tables = np.split(packed.slots_N, np.cumsum(sizes)[:-1])
+    rows = [r for table, s in zip(tables, packed.shapes, strict=True) for r in table.reshape(s)]
+    order = sorted(range(len(lengths)), key=lambda b: (-lengths[b], b))
+    return [rows[order.index(b)][:length] for b, length in enumerate(lengths)]
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=9), st.integers(0, 60))
+def test_tables_are_the_cheapest(lengths: list[int], each: int) -> None:
+    """Of all ways to cut the sequences, ordered by length."""
+
+    def cost(tables: list[list[int]]) -> int:
+        return sum(len(t) * max(lengths[b] for b in t) ** 2 + each for t in tables)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batching, "TABLE", each)
+        tables = batching._tables(lengths)
+    order = sorted(range(len(lengths)), key=lambda b: (-lengths[b], b))
+    assert [b for table in tables for b in table] == order
+    inner = range(1, len(order))
+    every = [c for n in range(len(order)) for c in itertools.combinations(inner, n)]
+    ways = ([order[a:b] for a, b in itertools.pairwise((0, *c, len(order)))] for c in every)
+    assert cost(tables) == min(map(cost, ways))
+
+
+@pytest.mark.parametrize("each", [0, 16384])
 @settings(max_examples=50, deadline=None)
-@given(st.lists(row, min_size=1, max_size=8), st.booleans())
-def test_a_packed_row_can_be_unpacked(shapes: list[tuple[int, int]], end: bool) -> None:
+@given(shapes=st.lists(row, min_size=1, max_size=8), end=st.booleans())
+def test_a_packed_row_can_be_unpacked(each: int, shapes: list[tuple[int, int]], end: bool) -> None:
     rows = [
         (tokens(*[p] * (p + 1), *range(10 * i, 10 * i + r)), p + 1)
         for i, (p, r) in enumerate(shapes)
     ]
-    packed = pack_rows(rows, end)
-    width = packed.table_BL.shape[1]
-    at = 0
-    for b, (tokens_T, prompt) in enumerate(rows):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batching, "TABLE", each)
+        packed = pack_rows(rows, end)
+    listed, at = in_tables(packed, [len(t) - (not end) for t, _ in rows]), 0
+    for where, (tokens_T, prompt) in zip(listed, rows, strict=True):
         seen = len(tokens_T) - (not end)
-        where = packed.table_BL[b, :seen]
         assert packed.tokens_S[where].tolist() == tokens_T[:seen].tolist()
         assert packed.positions_S[where].tolist() == list(range(seen))
         count = len(tokens_T) - prompt + end
@@ -145,9 +177,8 @@ def test_a_packed_row_can_be_unpacked(shapes: list[tuple[int, int]], end: bool) 
         assert packed.targets_K[at : at + count - end].tolist() == tokens_T[prompt:].tolist()
         at += count
     assert at == len(packed.states_K) == len(packed.targets_K)
-    # each token's home is a slot of the table that points back at it
-    homes = [divmod(int(h), width) for h in packed.home_S]
-    assert [int(packed.table_BL[b, t]) for b, t in homes] == list(range(len(packed.tokens_S)))
+    # each token's home is a slot that points back at it
+    assert packed.slots_N[packed.home_S].tolist() == list(range(len(packed.tokens_S)))
 
 
 def test_pack_joins_the_numbers_in_order() -> None:
@@ -248,7 +279,7 @@ def test_what_prompts_begin_with_is_shared() -> None:
     packed = pack_rows([(tokens(5, 9, 7, 1), 2), (tokens(5, 6, 7, 1), 2)], end=False)
     assert packed.tokens_S.tolist() == [5, 6, 7, 9, 7]
     assert packed.positions_S.tolist() == [0, 1, 2, 1, 2]
-    assert packed.table_BL.tolist() == [[0, 3, 4], [0, 1, 2]]
+    assert packed.slots_N.tolist() == [0, 3, 4, 0, 1, 2]
     assert packed.states_K.tolist() == [3, 4, 1, 2]
 
 
@@ -266,5 +297,5 @@ def test_every_beginning_is_there_once(prompts: list[list[int]]) -> None:
     packed = pack_rows([(tokens(*p, 9), len(p)) for p in prompts], end=False)
     beginnings = {tuple(p[: n + 1]) for p in prompts for n in range(len(p))}
     assert len(packed.tokens_S) == len(beginnings)
-    for b, p in enumerate(prompts):
-        assert packed.tokens_S[packed.table_BL[b, : len(p)]].tolist() == p
+    for p, where in zip(prompts, in_tables(packed, list(map(len, prompts))), strict=True):
+        assert packed.tokens_S[where].tolist() == p

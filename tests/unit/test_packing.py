@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from ppo_dist.data import batching
 from ppo_dist.data.batching import pack_rows
 from ppo_dist.models.critic import load_critic
 from ppo_dist.models.packing import Packing, attend
@@ -31,17 +33,22 @@ def rows() -> Rows:
     ]
 
 
-def row_tensors(rows: Rows, end: bool) -> list[torch.Tensor]:
-    return [torch.as_tensor(a) for a in vars(pack_rows(rows, end)).values()]
+def row_tensors(rows: Rows, end: bool) -> list[Any]:
+    """The arguments of a model's forward pass."""
+    row = vars(pack_rows(rows, end))
+    return [value if name == "shapes" else torch.as_tensor(value) for name, value in row.items()]
 
 
-@pytest.mark.parametrize("chunk", [4, 1000])
+@pytest.mark.parametrize(("chunk", "table"), [(4, 10**6), (1000, 10**6), (1000, 0)])
 def test_logprobs_and_gradients_equal_separate_runs(
-    tiny_model: Path, rows: Rows, chunk: int
+    tiny_model: Path, rows: Rows, chunk: int, table: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """With all sequences in one table, and with a table for each length."""
+    monkeypatch.setattr(batching, "TABLE", table)
     policy = PolicyModel(load_policy(str(tiny_model), torch.float32), logits_chunk=chunk).train()
     plain = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     tensors = row_tensors(rows, end=False)
+    assert len(tensors[4]) == (1 if table else 5)
     out = policy(*tensors, torch.full((len(tensors[-1]),), 0.7))
     expected = []
     for tokens, prompt in rows:
@@ -78,9 +85,8 @@ def test_a_prompt_is_computed_once_for_its_responses(rows: Rows) -> None:
 
 
 def test_unknown_kinds_of_attention_are_refused() -> None:
-    table = torch.tensor([[0, 1, 2]])
     query = torch.zeros(1, 1, 3, 4)
-    packing = Packing(table, torch.arange(3))
+    packing = Packing(torch.arange(3), torch.arange(3), ((1, 3),))
     with pytest.raises(ValueError, match="sliding_window"):
         attend(torch.nn.Identity(), query, query, query, None, packing=packing, sliding_window=2)
     with pytest.raises(ValueError, match="softcap"):
