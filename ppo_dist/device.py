@@ -257,11 +257,11 @@ def traced(file: Path) -> Iterator[None]:
     profile.export_chrome_trace(str(file))
 
 
-def logits_chunk(kind: str) -> int:
+def logits_chunk(hidden_KH: torch.Tensor) -> int:
     """Positions whose logits are computed at one time. On a CPU they are read again and again:
     256 of them take a sixth less than 1024 (SmolLM2-135M, forward and backward of the whole model).
     """
-    return 256 if kind == "cpu" else 1024
+    return 256 if hidden_KH.device.type == "cpu" else 1024
 
 
 def attention_dtype(tensor: torch.Tensor) -> torch.dtype:

@@ -24,6 +24,7 @@ from ppo_dist.config.base import Origin
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
 Bools = NDArray[np.bool_]
+Shapes = tuple[tuple[int, int], ...]  # (sequences, longest) of each table of a PackedRow
 FinishReason = Literal["eos", "length"]
 
 
@@ -269,7 +270,7 @@ class PackedRow:
     positions_S: Ints
     slots_N: Ints
     home_S: Ints
-    shapes: tuple[tuple[int, int], ...]
+    shapes: Shapes
     states_K: Ints
     targets_K: Ints
 

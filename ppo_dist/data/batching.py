@@ -13,9 +13,7 @@ from ppo_dist.reports import TokenCounts
 from ppo_dist.types import Floats, Ints, MicroBatch, PackedRow, TrainSequence
 
 TABLE = 128**2
-"""What one more table costs in attention, in squares of tokens: about as much as a sequence of 128
-(two CPU cores, SmolLM2-135M).
-"""
+"""What one more table is taken to cost in attention, in squares of tokens."""
 
 
 def cut(lengths: Sequence[int], ranks: int, budget: int) -> list[list[list[int]]]:

@@ -14,7 +14,7 @@ from ppo_dist.algo.losses import policy_term, supervised_term, value_term
 from ppo_dist.config.algorithm import Algorithm
 from ppo_dist.models.policy import PolicyOutput
 from ppo_dist.reports import Coefficients, TermSums, TokenCounts
-from ppo_dist.types import MicroBatch
+from ppo_dist.types import MicroBatch, Shapes
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Tensors:
     positions_S: torch.Tensor
     slots_N: torch.Tensor
     home_S: torch.Tensor
-    shapes: tuple[tuple[int, int], ...]
+    shapes: Shapes
     states_K: torch.Tensor
     targets_K: torch.Tensor
     policy_weight_K: torch.Tensor

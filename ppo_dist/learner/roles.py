@@ -109,8 +109,7 @@ class Roles:
         lm = sharded(self._learner, lambda: load_policy(path, dtype, trust))
         if self._learner.gradient_checkpointing:
             lm.gradient_checkpointing_enable({"use_reentrant": False})
-        chunk = self._learner.logits_chunk or device.logits_chunk(self._device.type)
-        return PolicyModel(lm.train(), chunk, has_value_head)
+        return PolicyModel(lm.train(), self._learner.logits_chunk, has_value_head)
 
     def _load_critic(self, path: str) -> Engine:
         dtype, trust = model_dtype(self._learner), self._config.model.trust_remote_code

@@ -7,8 +7,9 @@ from torch import nn
 from transformers import AutoModel, PreTrainedModel
 from transformers.utils import logging
 
-from ppo_dist.models.packing import ATTENTION, Packing, Shapes
+from ppo_dist.models.packing import ATTENTION, Packing
 from ppo_dist.models.policy import hidden, value_head, without_dropout
+from ppo_dist.types import Shapes
 
 
 class CriticModel(nn.Module):

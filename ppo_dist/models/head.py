@@ -15,11 +15,14 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from ppo_dist.device import logits_chunk
+
 
 class Head(nn.Module):
     """log-probability, entropy and argmax of softmax(logits / temperature) at each position."""
 
-    def __init__(self, output: nn.Module, chunk: int) -> None:
+    def __init__(self, output: nn.Module, chunk: int | None) -> None:
+        """Without `chunk` it is as large as suits the device."""
         super().__init__()
         if not isinstance(output, nn.Linear):
             raise ValueError(f"an output head of kind {type(output).__name__} is not supported")
@@ -31,8 +34,9 @@ class Head(nn.Module):
         self, hidden_KH: torch.Tensor, targets_K: torch.Tensor, temperature_K: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(logprobs_K, entropy_K, is_argmax_K), in fp32; the last carries no gradient."""
+        chunk = self._chunk or logits_chunk(hidden_KH)
         out: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = _Softmax.apply(  # type: ignore[no-untyped-call]
-            hidden_KH, self.weight, self.bias, targets_K, temperature_K, self._chunk
+            hidden_KH, self.weight, self.bias, targets_K, temperature_K, chunk
         )
         return out
 

@@ -18,10 +18,9 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
 from ppo_dist.device import attention_dtype
+from ppo_dist.types import Shapes
 
 ATTENTION = "ppo_dist_packed"
-Shapes = tuple[tuple[int, int], ...]
-"""(sequences, longest) of each table."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from transformers import (
 )
 
 from ppo_dist.models.head import Head
-from ppo_dist.models.packing import ATTENTION, Packing, Shapes, no_mask
+from ppo_dist.models.packing import ATTENTION, Packing, no_mask
+from ppo_dist.types import Shapes
 
 # of Gemma, Cohere and Granite: their logits are not what the head alone gives
 AFTER_THE_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling")
@@ -75,7 +76,7 @@ class PolicyModel(nn.Module):
     """A language model that reads packed rows and speaks of response positions alone."""
 
     def __init__(
-        self, lm: PreTrainedModel, logits_chunk: int, has_value_head: bool = False
+        self, lm: PreTrainedModel, logits_chunk: int | None, has_value_head: bool = False
     ) -> None:
         super().__init__()
         if (name := after_the_head(lm.config)) is not None:

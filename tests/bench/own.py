@@ -22,7 +22,7 @@ from ppo_dist import build
 from ppo_dist.build.engines import engine
 from ppo_dist.config import Config
 from ppo_dist.data.batching import pack, shares
-from ppo_dist.device import DTYPES, logits_chunk
+from ppo_dist.device import DTYPES
 from ppo_dist.learner.flops import Cost
 from ppo_dist.learner.losses import Tensors
 from ppo_dist.models.critic import load_critic
@@ -242,8 +242,7 @@ def bare(
     two models, without optimizer; and the bytes that autograd keeps of the largest.
     """
     path, dtype = str(config.model.path), DTYPES[config.learner.dtype]
-    chunk = config.learner.logits_chunk or logits_chunk("cpu")
-    policy = PolicyModel(load_policy(path, dtype).train(), chunk)
+    policy = PolicyModel(load_policy(path, dtype).train(), config.learner.logits_chunk)
     critic = load_critic(path, dtype).train()
     batches = [Tensors.of(batch, torch.device("cpu")) for batch in micro_batches]
     ones = [torch.ones(len(b.targets_K)) for b in batches]

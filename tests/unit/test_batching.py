@@ -138,6 +138,7 @@ def in_tables(packed: PackedRow, lengths: list[int]) -> list[np.ndarray]:
     return [rows[order.index(b)][:length] for b, length in enumerate(lengths)]
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=9), st.integers(0, 60))
 def test_tables_are_the_cheapest(lengths: list[int], each: int) -> None:
     """Of all ways to cut the sequences, ordered by length."""
