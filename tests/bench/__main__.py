@@ -145,7 +145,7 @@ def main() -> None:
     from tests.bench.own import gemm
 
     torch.set_num_threads(asked.threads)
-    rates = {dtype: gemm(dtype, 1024) for dtype in ("fp32", "bf16")}
+    rates = {dtype: gemm(dtype) for dtype in ("fp32", "bf16")}
     dtype = asked.dtype or max(rates, key=lambda dtype: rates[dtype])
     print(f"{asked.threads} threads, {dtype}", flush=True)
     bench = Bench(asked.model.resolve(), asked.out.resolve(), asked.threads, dtype)

@@ -33,6 +33,8 @@ from ppo_dist.tracking.local import read_rows
 from ppo_dist.types import Chunk, MicroBatch, Rollout, TrainSequence
 from tests.bench.work import Found
 
+SIZE, COUNT = 2048, 10  # of the matrices of a large product; how many products
+PRODUCTS = COUNT * 2 * SIZE**3  # their FLOPs
 STAGES = ("generate", "score", "annotate", "update", "publish", "step")
 COEFFICIENTS = Coefficients(
     policy=1.0, value=0.5, mu=0.0, kl=0.0, entropy=0.0, lr=1e-6, critic_lr=1e-6
@@ -157,7 +159,8 @@ def _engine_alone(config: Config, chunks: Sequence[Chunk]) -> float:
 
 def learner(raw: dict[str, Any], keep: Path, times: int) -> Found:
     """A learner alone on what a run learned from, in turn with the bare forward and backward passes
-    of the same micro-batches; its memory beside the sum of its parts.
+    of the same micro-batches and with large matrix products; its memory beside the sum of its
+    parts.
     """
     config = Config.model_validate(raw)
     seen: Seen = pickle.loads(keep.read_bytes())
@@ -170,13 +173,16 @@ def learner(raw: dict[str, Any], keep: Path, times: int) -> Found:
             group.update(seen.updates, COEFFICIENTS)
         used = peak() - before
         passes, saved = bare(config, batches, models)
-        update, alone = timed_in_turn(
-            times, lambda: group.update(seen.updates, COEFFICIENTS), passes
+        update, alone, product = timed_in_turn(
+            times,
+            lambda: group.update(seen.updates, COEFFICIENTS),
+            passes,
+            products(config.learner.dtype),
         )
     tokens = sum(len(s.tokens_T) for sequences in seen.updates for s in sequences)
     seconds = {"annotate": annotate, "update": update, "bare": alone}
     more = {
-        "gemm GFLOP/s": gemm(config.learner.dtype),
+        "gemm GFLOP/s": PRODUCTS / product / 1e9,
         "GFLOP": models * flops(config, seen.updates) / 1e9,
     }
     parts = _parts(config, models)
@@ -208,11 +214,20 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def gemm(dtype: str, size: int = 2048) -> float:
+def gemm(dtype: str) -> float:
     """GFLOP/s of a large matrix product: what the machine can do."""
-    a, b = (torch.randn(size, size, dtype=DTYPES[dtype]) for _ in range(2))
-    seconds = timed(lambda: a @ b, 5)
-    return 2 * size**3 / seconds / 1e9
+    return PRODUCTS / timed(products(dtype), 1) / 1e9
+
+
+def products(dtype: str) -> Callable[[], None]:
+    """Large matrix products, one after the other."""
+    a, b = (torch.randn(SIZE, SIZE, dtype=DTYPES[dtype]) for _ in range(2))
+
+    def work() -> None:
+        for _ in range(COUNT):
+            a @ b
+
+    return work
 
 
 def flops(config: Config, updates: Sequence[Sequence[TrainSequence]]) -> float:

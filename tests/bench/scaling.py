@@ -6,10 +6,9 @@ coordinator's own time: prompts, chunks, scores, advantages, micro-batches, metr
 
 from __future__ import annotations
 
-import statistics
 import tempfile
-import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +29,12 @@ from ppo_dist.reports import StepReport, TermSums, UpdateReport, Vitals
 from ppo_dist.rollout.pool import Pool
 from ppo_dist.transport.store import StoreReceiver
 from ppo_dist.types import Annotation, Chunk, Prompt, Rollout, Score, Weights
+from tests.bench.own import timed_in_turn
 from tests.bench.work import Found
 
 PROMPT, RESPONSE, EACH = 500, 3500, 4  # tokens; sequences of a rollout worker in a step
 BUDGET = 32_768  # tokens of a micro-batch
+TURNS = 7  # steps of each size
 
 
 class Writer:
@@ -178,61 +179,55 @@ def loop(made: Config, pool: Any, ranks: Any) -> Loop:
     return Loop(made, memory, Parts(pool, group, Judge(), Nowhere(), None, None))
 
 
-def coordinator(workers: int, world: int, steps: int = 3) -> float:
-    """Median seconds of a step after a first one, with workers in this process."""
-    with tempfile.TemporaryDirectory() as folder:
-        made = config(Path(folder), workers, steps + 1)
-        pool = Pool([Writer() for _ in range(workers)], keep=2)
-        own = loop(made, pool, Ranks(world))
-        seconds = _steps(own, steps)
-        pool.close()
-    return seconds
+def in_process(stack: ExitStack, workers: int, world: int, steps: int) -> Loop:
+    """A coordinator with workers in this process."""
+    made = config(Path(stack.enter_context(tempfile.TemporaryDirectory())), workers, steps)
+    pool = Pool([Writer() for _ in range(workers)], keep=2)
+    stack.callback(pool.close)
+    return loop(made, pool, Ranks(world))
 
 
-def with_actors(workers: int, world: int, steps: int = 3) -> float:
+def with_actors(stack: ExitStack, workers: int, world: int, steps: int) -> Loop:
     """The same with Ray actors; inside a Ray session."""
-    with tempfile.TemporaryDirectory() as folder:
-        made = config(Path(folder), workers, steps + 1)
-        wanted = layout(made, [Node(workers, 0)], has_learners=False)
-        with reserved(made, wanted) as (_, places, _):
-            crew = Crew(made, places, Engine, StoreReceiver)
-            pool = Pool([RemoteWorker(crew, slot) for slot in places.slots], keep=2)
-            seconds = _steps(loop(made, pool, RayRanks(world)), steps)
-            pool.close()
-    return seconds
+    made = config(Path(stack.enter_context(tempfile.TemporaryDirectory())), workers, steps)
+    wanted = layout(made, [Node(workers, 0)], has_learners=False)
+    _, places, _ = stack.enter_context(reserved(made, wanted))
+    crew = Crew(made, places, Engine, StoreReceiver)
+    pool = Pool([RemoteWorker(crew, slot) for slot in places.slots], keep=2)
+    stack.callback(pool.close)
+    return loop(made, pool, RayRanks(world))
 
 
-def _steps(own: Loop, steps: int) -> float:
-    taken = []
-    for _ in range(steps + 1):
-        begin = time.perf_counter()
-        own._pass()
-        taken.append(time.perf_counter() - begin)
-    return statistics.median(taken[1:])
+def seconds_of_a_step(
+    kind: str, start: Callable[[ExitStack, int, int, int], Loop], sizes: Sequence[tuple[int, int]]
+) -> dict[str, float]:
+    """Medians, of all sizes in turn."""
+    with ExitStack() as stack:
+        loops = [start(stack, *size, TURNS + 1) for size in sizes]
+        seconds = timed_in_turn(TURNS, *(own._pass for own in loops))
+    names = [f"{workers} {world} {kind}" for workers, world in sizes]
+    return dict(zip(names, seconds, strict=True))
 
 
 def memory_over(steps: int, workers: int = 4, world: int = 2) -> list[int]:
     """Bytes in use after each hundredth step."""
-    with tempfile.TemporaryDirectory() as folder:
-        pool = Pool([Writer() for _ in range(workers)], keep=2)
-        own = loop(config(Path(folder), workers, steps), pool, Ranks(world))
+    with ExitStack() as stack:
+        own = in_process(stack, workers, world, steps)
         seen = []
         for step in range(steps):
             own._pass()
             if (step + 1) % 100 == 0:
                 seen.append(psutil.Process().memory_info().rss)
-        pool.close()
     return seen
 
 
 def run() -> Found:
     """Seconds of a step by (workers, learners), and the driver's memory."""
-    more = {}
-    for workers, world in ((1, 1), (4, 1), (16, 4), (64, 16), (256, 64)):
-        more[f"{workers} {world} in process"] = coordinator(workers, world)
+    sizes, actors = ((1, 1), (4, 1), (16, 4), (64, 16), (256, 64)), ((1, 1), (4, 2), (16, 4))
+    more = seconds_of_a_step("in process", in_process, sizes)
     seen = memory_over(1000)
-    ray.init(address="local", num_cpus=16, include_dashboard=False, logging_level="ERROR")
-    for workers, world in ((1, 1), (4, 2), (16, 4)):
-        more[f"{workers} {world} actors"] = with_actors(workers, world)
+    cpus = sum(workers for workers, _ in actors)
+    ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level="ERROR")
+    more |= seconds_of_a_step("actors", with_actors, actors)
     ray.shutdown()
     return Found({}, 0, {"after 100 steps": seen[0], "after 1000 steps": seen[-1]}, more)

@@ -143,7 +143,6 @@ def _common(work: Work, folder: Path, threads: int) -> dict[str, Any]:
             "dtype": work.dtype,
             "zero_stage": 0,  # one learner has nothing to share out
             "threads": threads,
-            "micro_batch_tokens": 2048,
             "lr": LR,
             "critic_lr": LR,
         },
