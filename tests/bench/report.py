@@ -101,6 +101,7 @@ def small(found: Found) -> str:
         f"* the busier of rollout worker and learner waits {overhead:.0%} of a step: Python, Ray",
         f"* stages: {', '.join(f'{s} {found.seconds[s]:.2f} s' for s in STAGES[:-1])}",
         *moved(found),
+        machine({"own": found}),
     ]
     return "\n".join(lines)
 
@@ -109,7 +110,7 @@ def supervised(found: dict[str, Found]) -> str:
     """W4."""
     own, alone = found["own"], found["learner"]
     head = f"### W4\n\n* a step of 32 examples: {own.seconds['step']:.2f} s"
-    return "\n".join([head, *moved(own), *learner(alone)])
+    return "\n".join([head, *moved(own), *learner(alone), machine(found)])
 
 
 def scaling(found: Found) -> str:
