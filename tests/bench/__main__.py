@@ -22,6 +22,7 @@ from tests.bench.work import (
     W2,
     W3,
     W4,
+    WARM_UP,
     Found,
     Work,
     own_config,
@@ -137,7 +138,15 @@ def main() -> None:
         help="about so long for all five, without TRL: fewer iterations, at least one each, on a "
         "slow machine",
     )
+    parser.add_argument(
+        "--prompts",
+        type=int,
+        default=W2.prompts,
+        help="of W2; the peers were measured with 32, which takes longer",
+    )
     asked = parser.parse_args()
+    if asked.prompts < WARM_UP:
+        parser.error(f"--prompts {asked.prompts}: must be at least {WARM_UP}")
     if not (asked.model / "config.json").exists():
         sys.exit(f"{asked.model}: no such model folder (ppo-dist fetch smollm2-135m {asked.model})")
     import torch
@@ -150,7 +159,8 @@ def main() -> None:
     print(f"{asked.threads} threads, {dtype}", flush=True)
     bench = Bench(asked.model.resolve(), asked.out.resolve(), asked.threads, dtype)
     seconds = 0.4 * 60 * asked.minutes
-    w1, w2 = (replace(w, dtype=dtype).within(seconds, rates[dtype]) for w in (W1, W2))
+    works = (W1, replace(W2, prompts=asked.prompts))
+    w1, w2 = (replace(work, dtype=dtype).within(seconds, rates[dtype]) for work in works)
     w4 = replace(W4, dtype=dtype)
     ways: dict[str, Callable[[], str]] = {
         "W1": lambda: bench.iterations(w1),
