@@ -132,8 +132,8 @@ def plot(found: Found, out: Path) -> None:
         axis.loglog(sequences, [seconds for _, seconds in points], marker="o", label=label)
     count, seconds = sequences[-1], points[-1][1]
     axis.loglog(
-        [4, 1024],
-        [seconds * n / count for n in (4, 1024)],
+        [4, 4096],
+        [seconds * n / count for n in (4, 4096)],
         ":",
         color="grey",
         label="in proportion",

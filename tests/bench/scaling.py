@@ -223,7 +223,8 @@ def memory_over(steps: int, workers: int = 4, world: int = 2) -> list[int]:
 
 def run() -> Found:
     """Seconds of a step by (workers, learners), and the driver's memory."""
-    sizes, actors = ((1, 1), (4, 1), (16, 4), (64, 16), (256, 64)), ((1, 1), (4, 2), (16, 4))
+    sizes = ((1, 1), (4, 1), (16, 4), (64, 16), (256, 64), (512, 64), (1024, 64))
+    actors = ((1, 1), (4, 2), (16, 4))
     more = seconds_of_a_step("in process", in_process, sizes)
     seen = memory_over(1000)
     cpus = sum(workers for workers, _ in actors)
