@@ -9,6 +9,9 @@ import torch
 
 from ppo_dist.types import Floats
 
+MIN_VARIANCE = 1e-12
+"""Below it all values count as equal."""
+
 
 def pad(rows: Sequence[Floats]) -> tuple[torch.Tensor, torch.Tensor]:
     """(values_BR, mask_BR) in float64: rows of unequal length with zeros at their right."""
@@ -21,25 +24,36 @@ def pad(rows: Sequence[Floats]) -> tuple[torch.Tensor, torch.Tensor]:
     return values_BR, mask_BR
 
 
-def whiten(
-    values: torch.Tensor,
-    mask: torch.Tensor,
-    groups_B: torch.Tensor | None = None,
-    min_variance: float = 1e-12,
-) -> torch.Tensor:
-    """Mean 0 and (unbiased) variance 1 over all masked-in values, or over those of each group of
-    rows; 0 where all are equal, and a single value as it is.
+def blocks(group_B: Sequence[int], lengths_B: Sequence[int], limit: int) -> list[list[int]]:
+    """The numbers of rows in parts whose padded tables have at most `limit` entries, or hold a
+    single group. Groups stay whole.
+    """
+    groups: dict[int, list[int]] = {}
+    for b, group in enumerate(group_B):
+        groups.setdefault(group, []).append(b)
+    made: list[list[int]] = []
+    width = 0
+    for rows in groups.values():
+        own = max(lengths_B[b] for b in rows)
+        if made and (len(made[-1]) + len(rows)) * max(width, own) <= limit:
+            made[-1] += rows
+            width = max(width, own)
+        else:
+            made.append(rows)
+            width = own
+    return made
+
+
+def whiten(rows: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Mean 0 and (unbiased) variance 1 over all values of all rows, which may differ in length;
+    0 where all are equal, and a single value as it is.
 
     Call it once on everything that a step learns from. Per rank or per micro-batch it gives other
     signs.
     """
-    if groups_B is not None:
-        for group in torch.unique(groups_B):
-            values = whiten(values, mask & (groups_B == group)[:, None], None, min_variance)
-        return values
-    live = values[mask]
-    if live.numel() < 2:
-        return values
-    variance, mean = torch.var_mean(live)
-    deviation = torch.sqrt(variance) if variance >= min_variance else torch.ones_like(variance)
-    return torch.where(mask, (values - mean) / deviation, values)
+    flat = torch.cat(list(rows))
+    if flat.numel() < 2:
+        return list(rows)
+    variance, mean = torch.var_mean(flat)
+    deviation = torch.sqrt(variance) if variance >= MIN_VARIANCE else torch.ones_like(variance)
+    return list(torch.split((flat - mean) / deviation, [len(row) for row in rows]))

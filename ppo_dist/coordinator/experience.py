@@ -13,11 +13,16 @@ import torch
 from ppo_dist.algo.kl import ESTIMATORS, KlController, k1
 from ppo_dist.algo.losses import correction
 from ppo_dist.algo.rewards import RunningScale, penalised_rewards
-from ppo_dist.algo.tensors import pad, whiten
+from ppo_dist.algo.tensors import blocks, pad, whiten
 from ppo_dist.config.algorithm import Algorithm, KlInReward, Penalise
 from ppo_dist.protocols import AdvantageEstimator
 from ppo_dist.tracking.metrics import Row
 from ppo_dist.types import Annotation, Floats, LabelledExample, Scored, TrainSequence
+
+TABLE = 1 << 20
+"""Entries of a padded table at most (8 MB), as long as a prompt's responses fit: above some 32 MB
+the C library takes new pages for every result, and time grows faster than the step.
+"""
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,15 @@ class Shaped:
     scores_B: torch.Tensor
     live_B: torch.Tensor
     cut_off_B: torch.Tensor
+
+
+@dataclass
+class Earned:
+    """Advantages and returns, a row for each response; `kl` sums log π − log π_ref over all."""
+
+    advantages: list[torch.Tensor]
+    returns: list[torch.Tensor]
+    kl: float = 0.0
 
 
 class Experience:
@@ -58,42 +72,66 @@ class Experience:
         if not scored:
             return []
         algorithm, shaped = self._algorithm, self._shaped(scored)
-        logprobs_BR, mask_BR = pad([a.logprobs_R for a in annotations])
-        reference_BR, _ = pad([a.reference_R for a in annotations])
-        values_BR, _ = pad([a.values_R for a in annotations])
-        in_reward = isinstance(algorithm.kl, KlInReward)
-        estimate_BR = ESTIMATORS[algorithm.kl.estimator](logprobs_BR, reference_BR)
-        rewards_BR = penalised_rewards(
-            shaped.scores_B, estimate_BR, mask_BR, self._kl.coef if in_reward else 0.0
-        )
-        bootstraps = algorithm.truncated.kind == "bootstrap"
-        ends_B = torch.tensor([a.value_end for a in annotations], dtype=torch.float64)
-        advantages_BR, returns_BR = self._estimator(
-            rewards_BR,
-            values_BR,
-            mask_BR,
-            torch.where(shaped.cut_off_B, ends_B, 0.0) if bootstraps else torch.zeros_like(ends_B),
-            _numbered([s.rollout.prompt.uid for s in scored]),
-        )
-        if algorithm.advantage.whiten != "off":
-            by_origin = algorithm.advantage.whiten == "per_origin"
-            origin_B = _numbered([s.rollout.prompt.origin for s in scored])
-            live_BR = mask_BR & shaped.live_B[:, None]
-            advantages_BR = whiten(advantages_BR, live_BR, origin_B if by_origin else None)
-        self._kl.observe(float(k1(logprobs_BR, reference_BR).sum() / len(scored)), len(scored))
+        earned = self._earned(scored, annotations, shaped)
+        advantages = self._whitened(scored, earned.advantages, shaped.live_B)
+        self._kl.observe(earned.kl / len(scored), len(scored))
         weights = shaped.live_B.float().numpy()
         corrections = self._corrections(scored, annotations)
         return [
             _reinforced(
                 s,
                 a,
-                advantages_BR[b],
-                returns_BR[b],
+                advantages[b],
+                earned.returns[b],
                 policy_weight_R=corrections[b] * (weights[b] * teaches_policy),
                 value_weight=weights[b] * algorithm.has_critic,
             )
             for b, (s, a) in enumerate(zip(scored, annotations, strict=True))
         ]
+
+    def _earned(
+        self, scored: Sequence[Scored], annotations: Sequence[Annotation], shaped: Shaped
+    ) -> Earned:
+        """What the estimator makes of the scores, block by block of whole groups."""
+        kl, bootstraps = self._algorithm.kl, self._algorithm.truncated.kind == "bootstrap"
+        coef = self._kl.coef if isinstance(kl, KlInReward) else 0.0
+        group_B = _numbered([s.rollout.prompt.uid for s in scored])
+        lengths_B = [len(a.logprobs_R) for a in annotations]
+        earned = Earned([torch.empty(0)] * len(scored), [torch.empty(0)] * len(scored))
+        for part in blocks(group_B.tolist(), lengths_B, TABLE):
+            own = [annotations[b] for b in part]
+            logprobs_BR, mask_BR = pad([a.logprobs_R for a in own])
+            reference_BR, _ = pad([a.reference_R for a in own])
+            values_BR, _ = pad([a.values_R for a in own])
+            ends_B = torch.tensor([a.value_end for a in own], dtype=torch.float64)
+            estimate_BR = ESTIMATORS[kl.estimator](logprobs_BR, reference_BR)
+            advantages_BR, returns_BR = self._estimator(
+                penalised_rewards(shaped.scores_B[part], estimate_BR, mask_BR, coef),
+                values_BR,
+                mask_BR,
+                torch.where(shaped.cut_off_B[part], ends_B, 0.0) if bootstraps else 0.0 * ends_B,
+                group_B[part],
+            )
+            earned.kl += float(k1(logprobs_BR, reference_BR).sum())
+            for b, advantages_R, returns_R in zip(part, advantages_BR, returns_BR, strict=True):
+                earned.advantages[b] = advantages_R[: lengths_B[b]]
+                earned.returns[b] = returns_R[: lengths_B[b]]
+        return earned
+
+    def _whitened(
+        self, scored: Sequence[Scored], advantages: Sequence[torch.Tensor], live_B: torch.Tensor
+    ) -> list[torch.Tensor]:
+        """The advantages, those that teach whitened together or by origin, as the config says."""
+        how, made = self._algorithm.advantage.whiten, list(advantages)
+        together: dict[str, list[int]] = {}
+        for b, s in enumerate(scored):
+            if live_B[b] and how != "off":
+                key = s.rollout.prompt.origin if how == "per_origin" else "all"
+                together.setdefault(key, []).append(b)
+        for part in together.values():
+            for b, row in zip(part, whiten([advantages[b] for b in part]), strict=True):
+                made[b] = row
+        return made
 
     def _corrections(
         self, scored: Sequence[Scored], annotations: Sequence[Annotation]
@@ -149,8 +187,8 @@ def _numbered(names: Sequence[str]) -> torch.Tensor:
 def _reinforced(
     scored: Scored,
     annotation: Annotation,
-    advantages: torch.Tensor,
-    returns: torch.Tensor,
+    advantages_R: torch.Tensor,
+    returns_R: torch.Tensor,
     policy_weight_R: Floats,
     value_weight: float,
 ) -> TrainSequence:
@@ -165,16 +203,12 @@ def _reinforced(
         policy_weight_R=policy_weight_R.astype(np.float32),
         value_weight_R=np.full(count, value_weight, np.float32),
         ce_weight_R=np.zeros(count, np.float32),
-        advantages_R=_row(advantages, count),
-        returns_R=_row(returns, count),
+        advantages_R=advantages_R.numpy().astype(np.float32),
+        returns_R=returns_R.numpy().astype(np.float32),
         logprobs_R=annotation.logprobs_R,
         reference_R=annotation.reference_R,
         values_R=annotation.values_R,
     )
-
-
-def _row(padded: torch.Tensor, count: int) -> Floats:
-    return padded[:count].numpy().astype(np.float32)
 
 
 def supervised(

@@ -20,7 +20,7 @@ from ppo_dist.algo.preferences import (
     preference_loss,
 )
 from ppo_dist.algo.rewards import RunningScale, penalised_rewards
-from ppo_dist.algo.tensors import pad, whiten
+from ppo_dist.algo.tensors import blocks, pad, whiten
 from ppo_dist.config.algorithm import AdaptiveKl, Clip, FixedKl
 
 
@@ -131,26 +131,41 @@ def test_a_penalty_on_the_last_token_adds_to_the_score() -> None:
     close(rewards, table([-0.125, 0.5]))
 
 
-def test_whiten_gives_mean_zero_and_unbiased_variance_one() -> None:
-    values = table([1.0, 2.0, 99.0], [3.0, 6.0, -7.0])
-    mask = live("xx.", "xx.")
-    whitened = whiten(values, mask)
-    flat = whitened[mask]
+def test_whiten_gives_mean_zero_and_unbiased_variance_one_over_all_rows() -> None:
+    rows = whiten([table([1.0, 2.0, 3.0])[0], table([6.0])[0]])
+    flat = torch.cat(rows)
     # mean 3, unbiased variance (4 + 1 + 0 + 9) / 3
     close(flat, table([-2.0, -1.0, 0.0, 3.0])[0] / math.sqrt(14 / 3))
     assert flat.mean().item() == pytest.approx(0, abs=1e-12)
     assert flat.var(unbiased=True).item() == pytest.approx(1)
-    assert whitened[~mask].tolist() == [99.0, -7.0]
+    assert [len(row) for row in rows] == [3, 1]
 
 
-@pytest.mark.parametrize(("row", "drawn"), [([3.0, 8.0], "x."), ([1, 2], "..")])
-def test_whiten_leaves_a_single_value_alone(row: list[float], drawn: str) -> None:
-    assert whiten(table(row), live(drawn)).tolist() == [row]
+@pytest.mark.parametrize("row", [[3.0], []])
+def test_whiten_leaves_a_single_value_alone(row: list[float]) -> None:
+    assert [w.tolist() for w in whiten([table(row)[0], table([])[0]])] == [row, []]
 
 
 def test_whitened_without_spread_is_nothing() -> None:
     """Where all responses are equally good there is nothing to learn."""
-    assert whiten(table([2.0, 2.0, 9.0]), live("xx.")).tolist() == [[0.0, 0.0, 9.0]]
+    assert [w.tolist() for w in whiten([table([2.0])[0], table([2.0])[0]])] == [[0.0], [0.0]]
+
+
+@given(
+    groups=st.lists(st.integers(0, 5), min_size=1, max_size=12),
+    limit=st.integers(1, 60),
+    data=st.data(),
+)
+def test_blocks_hold_every_row_once_groups_whole_tables_small(
+    groups: list[int], limit: int, data: st.DataObject
+) -> None:
+    lengths = [data.draw(st.integers(0, 9)) for _ in groups]
+    parts = blocks(groups, lengths, limit)
+    assert sorted(b for part in parts for b in part) == list(range(len(groups)))
+    of_part = [{groups[b] for b in part} for part in parts]
+    assert sum(map(len, of_part)) == len(set(groups))
+    for part, names in zip(parts, of_part, strict=True):
+        assert len(names) == 1 or len(part) * max(lengths[b] for b in part) <= limit
 
 
 def test_policy_term_where_nothing_has_changed() -> None:

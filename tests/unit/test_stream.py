@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from ppo_dist.algo.advantages import Gae
 from ppo_dist.build import advantage_estimator
 from ppo_dist.config.algorithm import Algorithm
+from ppo_dist.coordinator import experience
 from ppo_dist.coordinator.experience import Experience, supervised, updates
 from ppo_dist.coordinator.stream import Cursor, Stream
 from ppo_dist.types import (
@@ -253,6 +254,23 @@ def test_whitening_spans_the_step_and_returns_stay_as_they_are() -> None:
     assert flat.mean() == pytest.approx(0, abs=1e-6)
     assert flat.var(ddof=1) == pytest.approx(1, rel=1e-5)
     assert made[1].returns_R.tolist() == [2.0]
+
+
+@pytest.mark.parametrize("kind", ["gae", "group_mean", "rloo", "reinforce_pp"])
+def test_the_size_of_a_table_changes_nothing(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = np.random.default_rng(0)
+    judged, said = [], []
+    for i in range(24):
+        length = int(drawn.integers(1, 6))
+        judged.append(scored(str(i % 5), i // 5, float(drawn.normal()), length=length))
+        said.append(annotated(*drawn.normal(size=(3, length)).tolist()))
+    choices = {"advantage": {"kind": kind}, "kl": {"coef": 0.1}}
+    whole = shaped(choices, judged, said)
+    monkeypatch.setattr(experience, "TABLE", 9)
+    for one, other in zip(whole, shaped(choices, judged, said), strict=True):
+        assert one.uid == other.uid and one.advantages_R.any()
+        np.testing.assert_array_equal(one.advantages_R, other.advantages_R)
+        np.testing.assert_array_equal(one.returns_R, other.returns_R)
 
 
 def test_whitening_by_origin() -> None:
