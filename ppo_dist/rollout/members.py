@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
 from ppo_dist.config import RunError
@@ -49,16 +48,14 @@ class Worker(Protocol):
 
 
 class Member:
-    """A worker and its life so far; since when it is lost, if it is; in which order it became idle,
-    0 while it is not; whether it has still to answer a version that was sent; and whether it is on
-    its way out.
+    """A worker and its life so far; since when it is lost, if it is; whether it has still to answer
+    a version that was sent; and whether it is on its way out.
     """
 
     def __init__(self, worker: Worker, number: int, limits: Cluster) -> None:
         self.worker, self.number, self.restarts = worker, number, Restarts(limits)
         self.life = Life()
         self.lost_at: float | None = None
-        self.turn = 0
         self.owes_answer = False
         self.leaves = False
 
@@ -84,10 +81,10 @@ class Members:
         it what it needs to serve, before it is idle.
         """
         self.all = [Member(worker, number, limits) for number, worker in enumerate(workers)]
+        self.idle: dict[int, Member] = {}  # by number; first who has been idle for longest
         self.changed = threading.Condition()
         self.last_reason = ""
         self._limits, self._note, self._refit = limits, note, refit
-        self._turns = itertools.count(1)
         self._closed = threading.Event()
         self._bug: Exception | None = None
 
@@ -121,6 +118,10 @@ class Members:
             raise RunError(f"rollout workers: none is left; the last one: {self.last_reason}")
         return left
 
+    def free(self) -> Iterator[Member]:
+        """Those that are idle and stay; first who has been idle for longest."""
+        return (member for member in self.idle.values() if not member.leaves)
+
     def wait(self, ask: Callable[[], T | None]) -> T:
         """The first answer that is not None or false, asked for again with every change."""
         with self.changed:
@@ -136,7 +137,7 @@ class Members:
         """It has done what it did in `life`, and may be asked for something else."""
         with self.changed:
             if member.still_leads(life):
-                member.turn = next(self._turns)
+                self.idle[member.number] = member
             self.changed.notify_all()
 
     def failed(self, member: Member, life: Life, version: int | None, error: WorkerError) -> None:
@@ -147,7 +148,8 @@ class Members:
             after = member.life.failed(version)
             lost = error.is_lost or after.is_hopeless
             member.life = after.lost(error.is_final) if lost else after
-            member.turn = 0 if lost else member.turn
+            if lost:
+                self.idle.pop(member.number, None)
             self.last_reason = str(error)
             self.changed.notify_all()
         if self._closed.is_set():
@@ -166,15 +168,18 @@ class Members:
             self.changed.notify_all()
 
     def _end(self, member: Member) -> None:
-        self.wait(lambda: member.turn or not member.life.is_settled or member.life.is_out)
+        self.wait(lambda: self._is_free(member))
         with self.changed:
-            life, member.turn = member.life, 0
+            life, _ = member.life, self.idle.pop(member.number, None)
             if life.is_out:
                 return  # it was left out already
             member.life = life.left_out() if life.state == "dead" else life.lost(for_good=True)
             self.changed.notify_all()
         member.worker.end()
         self._tell(member, "removed")
+
+    def _is_free(self, member: Member) -> bool:
+        return member.number in self.idle or not member.life.is_settled or member.life.is_out
 
     def _restart(self, member: Member) -> None:
         """Puts a new worker in the place of one that is lost, or leaves it out."""

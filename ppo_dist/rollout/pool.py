@@ -191,16 +191,16 @@ class Pool:
         """
         if any(older < version for older in self._waiting):
             return None
-        left, weights = self._members.left(), self._weights.get(version)
+        weights = self._weights.get(version)
         can_be_given = weights is not None and weights.again
-        idle = [
-            m for m in left if m.turn and not m.leaves and (can_be_given or m.life.serves(version))
-        ]
-        if idle:
-            member = min(idle, key=lambda m: (not m.life.serves(version), m.turn))
-            member.turn, member.life = 0, member.life.taken(version)
-            return member, member.life
-        will_have = can_be_given or self._starts_with(version)
+        first = next((m for m in self._members.free() if m.life.serves(version)), None)
+        if first is None and can_be_given:
+            first = next(self._members.free(), None)
+        if first is not None:
+            del self._members.idle[first.number]
+            first.life = first.life.taken(version)
+            return first, first.life
+        left, will_have = self._members.left(), can_be_given or self._starts_with(version)
         if not will_have and not any(version in member.life.versions for member in left):
             raise WorkersLost(
                 f"rollout workers: none has version {version} any more, which cannot be sent "
