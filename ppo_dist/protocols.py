@@ -107,7 +107,7 @@ class AdvantageEstimator(Protocol):
         group_B: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(advantages_BR, returns_BR), zero where the mask is 0. Rows with the same `group_B` are
-        responses to the same prompt.
+        responses to the same prompt; a step comes in parts, each of whole groups.
         """
 
 

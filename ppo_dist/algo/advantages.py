@@ -119,8 +119,8 @@ class ReinforcePlusPlus:
         group_B: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See above: that is GAE with values of 0 and λ = 1."""
-        nothing = torch.zeros_like(rewards_BR)
-        return Gae(self.gamma, 1.0)(rewards_BR, nothing, mask_BR, nothing[:, 0], group_B)
+        nothing, no_end_B = torch.zeros_like(rewards_BR), rewards_BR.new_zeros(len(rewards_BR))
+        return Gae(self.gamma, 1.0)(rewards_BR, nothing, mask_BR, no_end_B, group_B)
 
 
 def _next_live(

@@ -109,7 +109,7 @@ class Experience:
                 penalised_rewards(shaped.scores_B[part], estimate_BR, mask_BR, coef),
                 values_BR,
                 mask_BR,
-                torch.where(shaped.cut_off_B[part], ends_B, 0.0) if bootstraps else 0.0 * ends_B,
+                torch.where(shaped.cut_off_B[part] & bootstraps, ends_B, 0.0),
                 group_B[part],
             )
             earned.kl += float(k1(logprobs_BR, reference_BR).sum())

@@ -267,7 +267,7 @@ def _updates(report: StepReport, coefficients: Coefficients) -> Row:
 def _explained_variance(sequences: Sequence[TrainSequence]) -> float | None:
     """1 − Var(G − V) / Var(G) over the step's response tokens; None if the returns do not vary."""
     variance = _variance([s.returns_R for s in sequences])
-    if not variance:
+    if variance is None or not variance > 0:
         return None
     left = [np.subtract(s.returns_R, s.values_R, dtype=np.float64) for s in sequences]
     return 1 - (_variance(left) or 0.0) / variance
@@ -285,7 +285,10 @@ def _variance(rows: Sequence[Floats]) -> float | None:
     if not count:
         return None
     centre = sum(float(row.sum(dtype=np.float64)) for row in rows) / count
-    return sum(float(np.square(row - np.float64(centre)).sum()) for row in rows) / count
+    return (
+        sum(float(np.square(np.subtract(row, centre, dtype=np.float64)).sum()) for row in rows)
+        / count
+    )
 
 
 def _share(total: float, count: float) -> float | None:
