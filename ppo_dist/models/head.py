@@ -59,7 +59,7 @@ class _Softmax(torch.autograd.Function):
             weights = (logits - top[:, None]).exp_()
             sums = weights.sum(-1)
             total = top + sums.log()
-            entropy = total - torch.linalg.vecdot(weights, logits) / sums
+            entropy = total - weights.mul_(logits).sum(-1) / sums
             parts.append((own - total, entropy, (own == top).to(logits.dtype), total))
         logprobs_K, entropy_K, is_argmax_K, total_K = map(torch.cat, zip(*parts, strict=True))
         ctx.save_for_backward(
