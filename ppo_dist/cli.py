@@ -114,7 +114,7 @@ def _add_beside_training(commands: Commands) -> None:
     _config_arguments(command)
 
     what = "turn a checkpoint into a Hugging Face folder"
-    example = "ppo-dist export runs/quickstart/checkpoints/step-00000108 out/"
+    example = "ppo-dist export runs/quickstart/checkpoints/step-00000084 out/"
     command = _add(commands, "export", do.export, what, example)
     command.add_argument("checkpoint", type=Path, help="a checkpoint folder of a run")
     command.add_argument("out", type=_to_write, help="folder to write")
