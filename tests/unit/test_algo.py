@@ -59,6 +59,22 @@ def test_undiscounted_without_penalty_the_advantage_is_reward_less_value() -> No
     close(returns, table([2.0, 2.0, 2.0], [-1.0, -1.0, 0.0]))
 
 
+@pytest.mark.parametrize("width", [1, 2, 3, 4, 9, 12, 50])
+def test_gae_of_any_length_is_its_recursion(width: int) -> None:
+    drawn = torch.Generator().manual_seed(width)
+    rewards, values = torch.randn(2, 5, width, dtype=torch.float64, generator=drawn)
+    ends = torch.randn(5, dtype=torch.float64, generator=drawn)
+    mask = torch.rand(5, width, generator=drawn) < 0.8
+    advantages, _ = Gae(0.9, 0.8)(rewards, values, mask, ends, ONE.repeat(5))
+    wanted = torch.zeros_like(rewards)
+    for b in range(5):
+        later, value = 0.0, float(ends[b])
+        for t in reversed(torch.nonzero(mask[b]).flatten().tolist()):
+            later = float(rewards[b, t] + 0.9 * value - values[b, t]) + 0.9 * 0.8 * later
+            wanted[b, t], value = later, float(values[b, t])
+    close(advantages, wanted)
+
+
 def test_lambda_zero_gives_the_deltas() -> None:
     rewards, values = table([0.5, 0.0, 1.0]), table([1.0, 2.0, 4.0])
     advantages, _ = Gae(0.9, 0.0)(rewards, values, live("xxx"), NO_END, ONE)
