@@ -151,16 +151,15 @@ def main() -> None:
         sys.exit(f"{asked.model}: no such model folder (ppo-dist fetch smollm2-135m {asked.model})")
     import torch
 
-    from tests.bench.own import gemm
+    from tests.bench.own import SIZE, gemm
 
     torch.set_num_threads(asked.threads)
-    rates = {dtype: gemm(dtype) for dtype in ("fp32", "bf16")}
-    dtype = asked.dtype or max(rates, key=lambda dtype: rates[dtype])
+    dtype = asked.dtype or max(("fp32", "bf16"), key=lambda dtype: gemm(dtype, SIZE // 4))
     print(f"{asked.threads} threads, {dtype}", flush=True)
     bench = Bench(asked.model.resolve(), asked.out.resolve(), asked.threads, dtype)
-    seconds = 0.4 * 60 * asked.minutes
+    seconds, rate = 0.4 * 60 * asked.minutes, gemm(dtype)
     works = (W1, replace(W2, prompts=asked.prompts))
-    w1, w2 = (replace(work, dtype=dtype).within(seconds, rates[dtype]) for work in works)
+    w1, w2 = (replace(work, dtype=dtype).within(seconds, rate) for work in works)
     w4 = replace(W4, dtype=dtype)
     ways: dict[str, Callable[[], str]] = {
         "W1": lambda: bench.iterations(w1),

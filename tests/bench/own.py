@@ -214,14 +214,14 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def gemm(dtype: str) -> float:
+def gemm(dtype: str, size: int = SIZE) -> float:
     """GFLOP/s of a large matrix product: what the machine can do."""
-    return PRODUCTS / timed(products(dtype), 1) / 1e9
+    return COUNT * 2 * size**3 / timed(products(dtype, size), 1) / 1e9
 
 
-def products(dtype: str) -> Callable[[], None]:
+def products(dtype: str, size: int = SIZE) -> Callable[[], None]:
     """Large matrix products, one after the other."""
-    a, b = (torch.randn(SIZE, SIZE, dtype=DTYPES[dtype]) for _ in range(2))
+    a, b = (torch.randn(size, size, dtype=DTYPES[dtype]) for _ in range(2))
 
     def work() -> None:
         for _ in range(COUNT):
