@@ -20,8 +20,8 @@ from ppo_dist.tracking.metrics import Row
 from ppo_dist.types import Annotation, Floats, LabelledExample, Scored, TrainSequence
 
 TABLE = 1 << 20
-"""Entries of a padded table at most (8 MB), as long as a prompt's responses fit: above some 32 MB
-the C library takes new pages for every result, and time grows faster than the step.
+"""Entries of a padded table at most (8 MB), as long as a prompt's responses fit: a step's memory
+does not grow with its padding, and the C library uses what is this small again.
 """
 
 

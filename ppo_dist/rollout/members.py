@@ -168,7 +168,7 @@ class Members:
             self.changed.notify_all()
 
     def _end(self, member: Member) -> None:
-        self.wait(lambda: self._is_free(member))
+        self.wait(lambda: self._can_end(member))
         with self.changed:
             life, _ = member.life, self.idle.pop(member.number, None)
             if life.is_out:
@@ -178,7 +178,7 @@ class Members:
         member.worker.end()
         self._tell(member, "removed")
 
-    def _is_free(self, member: Member) -> bool:
+    def _can_end(self, member: Member) -> bool:
         return member.number in self.idle or not member.life.is_settled or member.life.is_out
 
     def _restart(self, member: Member) -> None:

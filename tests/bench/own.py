@@ -34,7 +34,6 @@ from ppo_dist.types import Chunk, MicroBatch, Rollout, TrainSequence
 from tests.bench.work import Found
 
 SIZE, COUNT = 2048, 10  # of the matrices of a large product; how many products
-PRODUCTS = COUNT * 2 * SIZE**3  # their FLOPs
 STAGES = ("generate", "score", "annotate", "update", "publish", "step")
 COEFFICIENTS = Coefficients(
     policy=1.0, value=0.5, mu=0.0, kl=0.0, entropy=0.0, lr=1e-6, critic_lr=1e-6
@@ -182,7 +181,7 @@ def learner(raw: dict[str, Any], keep: Path, times: int) -> Found:
     tokens = sum(len(s.tokens_T) for sequences in seen.updates for s in sequences)
     seconds = {"annotate": annotate, "update": update, "bare": alone}
     more = {
-        "gemm GFLOP/s": PRODUCTS / product / 1e9,
+        "gemm GFLOP/s": rate(product),
         "GFLOP": models * flops(config, seen.updates) / 1e9,
     }
     parts = _parts(config, models)
@@ -216,7 +215,12 @@ def peak() -> int:
 
 def gemm(dtype: str, size: int = SIZE) -> float:
     """GFLOP/s of a large matrix product: what the machine can do."""
-    return COUNT * 2 * size**3 / timed(products(dtype, size), 1) / 1e9
+    return rate(timed(products(dtype, size), 1), size)
+
+
+def rate(seconds: float, size: int = SIZE) -> float:
+    """GFLOP/s of what `products` does."""
+    return COUNT * 2 * size**3 / seconds / 1e9
 
 
 def products(dtype: str, size: int = SIZE) -> Callable[[], None]:
