@@ -98,6 +98,8 @@ def reuses_logprobs(config: Config) -> bool:
 def _workers(c: Config) -> Iterator[str]:
     if c.learner.zero_stage == 0 and c.learner.offload != "none":
         yield "learner.offload needs learner.zero_stage 1, 2 or 3"
+    if c.learner.zero_stage == 3 and c.learner.compile:
+        yield "learner.compile needs learner.zero_stage 0, 1 or 2"
     if c.cluster.kind == "local" and (c.learner.workers > 1 or c.rollout.workers > 1):
         yield "cluster.kind local runs one learner and one rollout worker: set both `workers` to 1"
     if c.cluster.kind == "local" and any(model.workers > 1 for model in reward_models(c)):

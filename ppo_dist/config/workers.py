@@ -130,6 +130,11 @@ class LearnerSection(Section):
     gradient_checkpointing: bool = Field(
         False, description="compute activations again in backward: less memory, more time"
     )
+    compile: bool = Field(
+        False,
+        description="fuse what is between the matrix products of a layer (torch.compile): faster "
+        "passes after a minute's compiling; needs a C++ compiler, on GPUs Triton",
+    )
     micro_batch_tokens: int = Field(
         4096, ge=1, description="tokens packed into one forward pass (one longer sequence may pass)"
     )

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 from ppo_dist import device, files
 from ppo_dist.config import Config, RunError
@@ -107,15 +108,21 @@ class Roles:
     def _load_policy(self, path: str, has_value_head: bool = False) -> PolicyModel:
         dtype, trust = model_dtype(self._learner), self._config.model.trust_remote_code
         lm = sharded(self._learner, lambda: load_policy(path, dtype, trust))
-        if self._learner.gradient_checkpointing:
-            lm.gradient_checkpointing_enable({"use_reentrant": False})
+        self._prepare(lm)
         return PolicyModel(lm.train(), self._learner.logits_chunk, has_value_head)
+
+    def _prepare(self, trunk: PreTrainedModel) -> None:
+        if self._learner.gradient_checkpointing:
+            trunk.gradient_checkpointing_enable({"use_reentrant": False})
+        if self._learner.compile:
+            from ppo_dist.models.compiled import compile_layers  # torch's compiler loads slowly
+
+            compile_layers(trunk)
 
     def _load_critic(self, path: str) -> Engine:
         dtype, trust = model_dtype(self._learner), self._config.model.trust_remote_code
         critic = sharded(self._learner, lambda: load_critic(path, dtype, trust))
-        if self._learner.gradient_checkpointing:
-            critic.trunk.gradient_checkpointing_enable({"use_reentrant": False})
+        self._prepare(critic.trunk)
         self.critic_cost = Cost.of(critic.trunk)
         limit = self._learner.critic_max_grad_norm
         return make_engine(critic.train(), self._learner, limit, self._device)

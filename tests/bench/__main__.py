@@ -46,6 +46,7 @@ class Bench:
     folder: Path
     threads: int
     dtype: str
+    compiled: bool
     found: dict[str, dict[str, Any]] = field(default_factory=dict)  # by workload and contender
 
     def measure(self, name: str, kind: str, **job: Any) -> Found:
@@ -66,6 +67,10 @@ class Bench:
         print(f"{name} {kind}: {time.perf_counter() - begin:.0f} s", flush=True)
         self.found.setdefault(name, {})[kind] = numbers = json.loads(out.read_text())
         return Found(**numbers)
+
+    @property
+    def _how(self) -> tuple[int, bool]:
+        return self.threads, self.compiled
 
     def fresh(self, name: str) -> Path:
         """The folder of a workload, without what an earlier run left there."""
@@ -92,7 +97,7 @@ class Bench:
         keep = str(own / "seen.pickle")
         found = {}
         for kind in ("own", "learner"):
-            raw = own_config(work, own / kind, self.model, reward, self.threads)
+            raw = own_config(work, own / kind, self.model, reward, *self._how)
             job = {"config": raw, "keep": keep, "times": work.iterations}
             found[kind] = self.measure(work.name, kind, **job)
         prompts = str(own / "seen.json")
@@ -111,7 +116,7 @@ class Bench:
         """W4."""
         own, found = self.fresh(work.name), {}
         for kind in ("own", "learner"):
-            raw = supervised_config(work, own / kind, self.model, self.threads)
+            raw = supervised_config(work, own / kind, self.model, *self._how)
             keep = str(own / "seen.pickle")
             job = {"config": raw, "keep": keep, "times": work.iterations}
             found[kind] = self.measure(work.name, kind, **job)
@@ -131,6 +136,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="a folder")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="in all")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], help="the faster one if not given")
+    parser.add_argument("--compile", action="store_true", help="W1, W2 and W4 with learner.compile")
     parser.add_argument(
         "--minutes",
         type=float,
@@ -151,12 +157,13 @@ def main() -> None:
         sys.exit(f"{asked.model}: no such model folder (ppo-dist fetch smollm2-135m {asked.model})")
     import torch
 
-    from tests.bench.own import SIZE, gemm
+    from tests.bench.machine import gemm
 
     torch.set_num_threads(asked.threads)
-    dtype = asked.dtype or max(("fp32", "bf16"), key=lambda dtype: gemm(dtype, SIZE // 4))
-    print(f"{asked.threads} threads, {dtype}", flush=True)
-    bench = Bench(asked.model.resolve(), asked.out.resolve(), asked.threads, dtype)
+    dtype = asked.dtype or max(("fp32", "bf16"), key=lambda dtype: gemm(dtype, total=1e9))
+    how = ", learner.compile" if asked.compile else ""
+    print(f"{asked.threads} threads, {dtype}{how}", flush=True)
+    bench = Bench(asked.model.resolve(), asked.out.resolve(), asked.threads, dtype, asked.compile)
     seconds, rate = 0.4 * 60 * asked.minutes, gemm(dtype)
     works = (W1, replace(W2, prompts=asked.prompts))
     w1, w2 = (replace(work, dtype=dtype).within(seconds, rate) for work in works)
@@ -173,7 +180,12 @@ def main() -> None:
         sys.exit(f"{min(unknown)} is not one of {', '.join(ways)}")
     parts = [ways[name]() for name in asked.works or ways]
     (bench.folder / "bench.md").write_text("\n\n".join(parts) + "\n")
-    machine = {"threads": asked.threads, "dtype": dtype, "system": platform.platform()}
+    machine = {
+        "threads": asked.threads,
+        "dtype": dtype,
+        "compile": asked.compile,
+        "system": platform.platform(),
+    }
     (bench.folder / "bench.json").write_text(json.dumps({**machine, **bench.found}, indent=2))
     print("\n\n".join(parts))
 

@@ -22,7 +22,7 @@ def measured(kind: str, job: dict[str, Any]) -> Found:
         return scaling.run()
     import torch
 
-    from tests.bench.own import gemm
+    from tests.bench.machine import gemm
 
     torch.set_num_threads(job["threads"])
     before = gemm(job["dtype"])

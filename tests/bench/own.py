@@ -9,7 +9,6 @@ import pickle
 import resource
 import statistics
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,15 +24,16 @@ from ppo_dist.data.batching import pack, shares
 from ppo_dist.device import DTYPES
 from ppo_dist.learner.flops import Cost
 from ppo_dist.learner.losses import Tensors
+from ppo_dist.models.compiled import compile_layers
 from ppo_dist.models.critic import load_critic
 from ppo_dist.models.policy import PolicyModel, load_policy
 from ppo_dist.reports import Coefficients
 from ppo_dist.run import train
 from ppo_dist.tracking.local import read_rows
 from ppo_dist.types import Chunk, MicroBatch, Rollout, TrainSequence
+from tests.bench.machine import LARGE, LAYER, products, rate, timed, timed_in_turn
 from tests.bench.work import Found
 
-SIZE, COUNT = 2048, 10  # of the matrices of a large product; how many products
 STAGES = ("generate", "score", "annotate", "update", "publish", "step")
 COEFFICIENTS = Coefficients(
     policy=1.0, value=0.5, mu=0.0, kl=0.0, entropy=0.0, lr=1e-6, critic_lr=1e-6
@@ -158,8 +158,7 @@ def _engine_alone(config: Config, chunks: Sequence[Chunk]) -> float:
 
 def learner(raw: dict[str, Any], keep: Path, times: int) -> Found:
     """A learner alone on what a run learned from, in turn with the bare forward and backward passes
-    of the same micro-batches and with large matrix products; its memory beside the sum of its
-    parts.
+    of the same micro-batches and with matrix products; its memory beside the sum of its parts.
     """
     config = Config.model_validate(raw)
     seen: Seen = pickle.loads(keep.read_bytes())
@@ -172,16 +171,18 @@ def learner(raw: dict[str, Any], keep: Path, times: int) -> Found:
             group.update(seen.updates, COEFFICIENTS)
         used = peak() - before
         passes, saved = bare(config, batches, models)
-        update, alone, product = timed_in_turn(
+        update, alone, layer, large = timed_in_turn(
             times,
             lambda: group.update(seen.updates, COEFFICIENTS),
             passes,
-            products(config.learner.dtype),
+            products(config.learner.dtype, LAYER),
+            products(config.learner.dtype, LARGE),
         )
     tokens = sum(len(s.tokens_T) for sequences in seen.updates for s in sequences)
     seconds = {"annotate": annotate, "update": update, "bare": alone}
     more = {
-        "gemm GFLOP/s": rate(product),
+        "gemm GFLOP/s": rate(layer, LAYER),
+        "large gemm GFLOP/s": rate(large, LARGE),
         "GFLOP": models * flops(config, seen.updates) / 1e9,
     }
     parts = _parts(config, models)
@@ -190,48 +191,9 @@ def learner(raw: dict[str, Any], keep: Path, times: int) -> Found:
     )
 
 
-def timed(work: Callable[[], Any], times: int, warm: bool = True) -> float:
-    """Median seconds, after a first time that does not count."""
-    if warm:
-        work()
-    taken = []
-    for _ in range(times):
-        begin = time.perf_counter()
-        work()
-        taken.append(time.perf_counter() - begin)
-    return statistics.median(taken)
-
-
-def timed_in_turn(times: int, *works: Callable[[], Any]) -> list[float]:
-    """Median seconds of each, so that a machine that is slower for a while is so for all."""
-    taken = [[timed(work, 1, warm=not turn) for work in works] for turn in range(times)]
-    return [statistics.median(each) for each in zip(*taken, strict=True)]
-
-
 def peak() -> int:
     """The largest memory of this process, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def gemm(dtype: str, size: int = SIZE) -> float:
-    """GFLOP/s of a large matrix product: what the machine can do."""
-    return rate(timed(products(dtype, size), 1), size)
-
-
-def rate(seconds: float, size: int = SIZE) -> float:
-    """GFLOP/s of what `products` does."""
-    return COUNT * 2 * size**3 / seconds / 1e9
-
-
-def products(dtype: str, size: int = SIZE) -> Callable[[], None]:
-    """Large matrix products, one after the other."""
-    a, b = (torch.randn(size, size, dtype=DTYPES[dtype]) for _ in range(2))
-
-    def work() -> None:
-        for _ in range(COUNT):
-            a @ b
-
-    return work
 
 
 def flops(config: Config, updates: Sequence[Sequence[TrainSequence]]) -> float:
@@ -263,6 +225,9 @@ def bare(
     path, dtype = str(config.model.path), DTYPES[config.learner.dtype]
     policy = PolicyModel(load_policy(path, dtype).train(), config.learner.logits_chunk)
     critic = load_critic(path, dtype).train()
+    if config.learner.compile:
+        for trunk in (policy.lm, critic.trunk):
+            compile_layers(trunk)
     batches = [Tensors.of(batch, torch.device("cpu")) for batch in micro_batches]
     ones = [torch.ones(len(b.targets_K)) for b in batches]
 

@@ -50,7 +50,7 @@ def iteration(name: str, found: dict[str, Found]) -> str:
 def machine(found: dict[str, Found]) -> str:
     """Whether the machine was equally fast for all of them."""
     rates = [f"{name} {told.machine[0]:.0f}, {told.machine[1]:.0f}" for name, told in found.items()]
-    return f"* GFLOP/s of a large matrix product before and after each: {'; '.join(rates)}"
+    return f"* GFLOP/s of a matrix product before and after each: {'; '.join(rates)}"
 
 
 def beside_trl(own: Found, trl: Found | None) -> str:
@@ -79,12 +79,14 @@ def moved(found: Found) -> list[str]:
 def learner(alone: Found) -> list[str]:
     """A learner against the machine and against its parts."""
     rate = alone.more["GFLOP"] / alone.seconds["update"]
+    layer, large = alone.more["gemm GFLOP/s"], alone.more["large gemm GFLOP/s"]
     used, parts = alone.peak["learner"], alone.peak["parts"]
     return [
         f"* training against bare forward and backward passes of the same rows: "
         f"{alone.seconds['bare'] / alone.seconds['update']:.0%}",
-        f"* model FLOPs: {rate:.0f} GFLOP/s, {rate / alone.more['gemm GFLOP/s']:.0%} of a large "
-        f"matrix product's {alone.more['gemm GFLOP/s']:.0f}",
+        f"* model FLOPs: {rate:.0f} GFLOP/s, {rate / layer:.0%} of the {layer:.0f} of a product of "
+        f"512 × 1,024 with 1,024 × 1,024, {rate / large:.0%} of the {large:.0f} of one of 2,048 × "
+        "2,048",
         f"* memory of a learner: {used / 1e9:.2f} GB, of its parts together: {parts / 1e9:.2f} "
         f"(activations {alone.peak['activations'] / 1e9:.2f})",
     ]

@@ -29,7 +29,7 @@ from ppo_dist.reports import StepReport, TermSums, UpdateReport, Vitals
 from ppo_dist.rollout.pool import Pool
 from ppo_dist.transport.store import StoreReceiver
 from ppo_dist.types import Annotation, Chunk, Prompt, Rollout, Score, Weights
-from tests.bench.own import timed_in_turn
+from tests.bench.machine import timed_in_turn
 from tests.bench.work import Found
 
 PROMPT, RESPONSE, EACH = 500, 3500, 4  # tokens; sequences of a rollout worker in a step

@@ -14,7 +14,8 @@ from ppo_dist.config import Config
 from ppo_dist.config.data import FromScratch
 from ppo_dist.models.scratch import make_model
 from ppo_dist.types import TrainSequence
-from tests.bench.own import COEFFICIENTS, bare, packed, timed_in_turn
+from tests.bench.machine import timed_in_turn
+from tests.bench.own import COEFFICIENTS, bare, packed
 from tests.conftest import raw_config
 
 SHAPE = FromScratch(layers=4, hidden=192, heads=6, context=128)

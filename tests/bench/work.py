@@ -76,12 +76,14 @@ def sums(size: int, seed: int) -> dict[str, Any]:
     }
 
 
-def own_config(work: Work, folder: Path, model: Path, reward: Path, threads: int) -> dict[str, Any]:
+def own_config(
+    work: Work, folder: Path, model: Path, reward: Path, threads: int, compiled: bool
+) -> dict[str, Any]:
     """W1 or W2 as a config of ours: everything in one process, as the plain program is."""
     prompts = {"kind": "piecewise", "values": [[0, work.prompts // WARM_UP], [1, work.prompts]]}
     judge = {"kind": "model", "path": str(reward), "dtype": work.dtype, "threads": threads}
     return {
-        **_common(work, folder, threads),
+        **_common(work, folder, threads, compiled),
         "model": {"path": str(model)},
         "data": {"verifiable": sums(2000, 1), "chat": True},
         "reward": {"verifiable": judge},
@@ -118,10 +120,12 @@ def small_config(work: Work, folder: Path) -> dict[str, Any]:
     }
 
 
-def supervised_config(work: Work, folder: Path, model: Path, threads: int) -> dict[str, Any]:
+def supervised_config(
+    work: Work, folder: Path, model: Path, threads: int, compiled: bool
+) -> dict[str, Any]:
     """W4: 32 labelled examples an update, and nothing else."""
     return {
-        **_common(work, folder, threads),
+        **_common(work, folder, threads, compiled),
         "model": {"path": str(model)},
         "data": {"labelled": sums(500, 1), "chat": True},
         "mix": {"schedule": 1.0, "prompts": 0, "labelled_batch": 32},
@@ -129,7 +133,7 @@ def supervised_config(work: Work, folder: Path, model: Path, threads: int) -> di
     }
 
 
-def _common(work: Work, folder: Path, threads: int) -> dict[str, Any]:
+def _common(work: Work, folder: Path, threads: int, compiled: bool = False) -> dict[str, Any]:
     return {
         "run": {"dir": str(folder)},
         "train": {"steps": work.iterations + 1},
@@ -141,6 +145,7 @@ def _common(work: Work, folder: Path, threads: int) -> dict[str, Any]:
         },
         "learner": {
             "dtype": work.dtype,
+            "compile": compiled,
             "zero_stage": 0,  # one learner has nothing to share out
             "threads": threads,
             "lr": LR,

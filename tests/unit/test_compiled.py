@@ -1,0 +1,119 @@
+"""Layers through torch's compiler."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from ppo_dist.data.batching import pack_rows
+from ppo_dist.models.compiled import compile_layers, why_not
+from ppo_dist.models.critic import CriticModel, load_critic
+from ppo_dist.models.policy import PolicyModel, load_policy
+from tests.conftest import TIMINGS, raw_config
+
+LENGTHS = ((9, 6, 12), (5,), (31, 3), (20, 20, 4, 4))  # of the sequences of four rows
+
+
+def models(path: Path) -> tuple[PolicyModel, CriticModel]:
+    """A policy in training, and a critic whose head is not 0."""
+    policy = PolicyModel(load_policy(str(path), torch.float32).train(), logits_chunk=7)
+    critic = load_critic(str(path), torch.float32).train()
+    torch.nn.init.ones_(critic.head.weight)
+    return policy, critic
+
+
+def learned(
+    policy: PolicyModel, critic: CriticModel, lengths: tuple[int, ...]
+) -> list[torch.Tensor]:
+    """What both say of a row, with gradients and without, and the gradients."""
+    numbers = np.random.default_rng(sum(lengths))
+    row = pack_rows([(numbers.integers(3, 15, length), 2) for length in lengths], end=False)
+    *where, targets_K = (torch.as_tensor(a) for a in vars(row).values())
+    ones_K = torch.ones(len(targets_K))
+    with torch.no_grad():
+        before = policy(*where, targets_K, ones_K).logprobs_K
+    logprobs_K, values_K = policy(*where, targets_K, ones_K).logprobs_K, critic(*where)
+    parameters = [*policy.parameters(), *critic.parameters()]
+    found = torch.autograd.grad((logprobs_K.exp() * values_K).sum(), parameters)
+    return [before, logprobs_K.detach(), values_K.detach(), *found]
+
+
+def test_compiled_layers_say_and_learn_the_same(tiny_models: dict[str, Path]) -> None:
+    """On rows of any lengths; weights stay under their names, and are compiled once for all."""
+    if (error := why_not("cpu")) is not None:
+        pytest.skip(f"torch cannot compile here: {error}")
+    plain, compiled = models(tiny_models["llama"]), models(tiny_models["llama"])
+    names = list(compiled[0].state_dict())
+    for trunk in (compiled[0].lm, compiled[1].trunk):
+        compile_layers(trunk)
+    assert list(compiled[0].state_dict()) == names
+    made = []
+    for lengths in LENGTHS:
+        for expected, found in zip(
+            learned(*plain, lengths), learned(*compiled, lengths), strict=True
+        ):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        made.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert 0 < made[0] == made[-1], "a row of other lengths is nothing new"
+
+
+def test_what_is_not_made_of_layers_is_named() -> None:
+    with pytest.raises(ValueError, match=r"learner\.compile: Linear has no layers"):
+        compile_layers(torch.nn.Linear(2, 2))
+
+
+def test_without_a_compiler_it_is_said_before_any_model_loads(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    config = raw_config(tmp_path / "run", learner={"compile": True}, cluster={"kind": "local"})
+    file.write_text(yaml.safe_dump(config))
+    missing = {"CXX": str(tmp_path / "g++"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [sys.executable, "-m", "ppo_dist", "train", str(file)],
+        env={**os.environ, **missing}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "learner.compile: torch cannot compile here" in done.stderr
+    assert str(tmp_path / "g++") in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("learner", "model"),
+    [
+        ({"zero_stage": 0}, {}),
+        ({"zero_stage": 2, "gradient_checkpointing": True}, {}),
+        ({"zero_stage": 1}, {"lora": {"rank": 2}}),
+    ],
+)
+def test_compiled_runs_are_those_that_are_not_and_resume_exactly(
+    tmp_path: Path, learner: dict[str, Any], model: dict[str, Any]
+) -> None:
+    """Each process compiles anew, and sees rows of other lengths first."""
+
+    def rows(name: str, *steps: int, **section: Any) -> list[dict[str, Any]]:
+        for number, last in enumerate(steps):
+            raw = raw_config(
+                tmp_path / name, train={"steps": last}, model=model, learner={**learner, **section}
+            )
+            file = tmp_path / f"{name}.yaml"
+            file.write_text(yaml.safe_dump(raw))
+            cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / f"{name}-{number}")}
+            command = [sys.executable, "-m", "ppo_dist", "train", str(file)]
+            command += ["--resume"] if number else []
+            subprocess.run(command, env={**os.environ, **cache}, check=True, capture_output=True)
+        found = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").open()]
+        return [{k: v for k, v in row.items() if not k.startswith(TIMINGS)} for row in found]
+
+    plain, compiled = rows("plain", 4), rows("compiled", 4, compile=True)
+    assert rows("stopped", 2, 4, compile=True) == compiled
+    for expected, found in zip(plain, compiled, strict=True):
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-5)
