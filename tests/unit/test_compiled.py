@@ -87,22 +87,29 @@ def test_without_a_compiler_it_is_said_before_any_model_loads(tmp_path: Path) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("learner", "model"),
+    ("learner", "sections"),
     [
         ({"zero_stage": 0}, {}),
         ({"zero_stage": 2, "gradient_checkpointing": True}, {}),
-        ({"zero_stage": 1}, {"lora": {"rank": 2}}),
+        (
+            {"zero_stage": 1},
+            {"model": {"lora": {"rank": 2, "alpha": 4}}, "reference": {"reset": "never"}},
+        ),
     ],
 )
 def test_compiled_runs_are_those_that_are_not_and_resume_exactly(
-    tmp_path: Path, learner: dict[str, Any], model: dict[str, Any]
+    tmp_path: Path, learner: dict[str, Any], sections: dict[str, Any]
 ) -> None:
     """Each process compiles anew, and sees rows of other lengths first."""
 
     def rows(name: str, *steps: int, **section: Any) -> list[dict[str, Any]]:
         for number, last in enumerate(steps):
             raw = raw_config(
-                tmp_path / name, train={"steps": last}, model=model, learner={**learner, **section}
+                tmp_path / name,
+                train={"steps": last},
+                eval={"every": 1},
+                learner={**learner, **section},
+                **sections,
             )
             file = tmp_path / f"{name}.yaml"
             file.write_text(yaml.safe_dump(raw))
@@ -116,4 +123,6 @@ def test_compiled_runs_are_those_that_are_not_and_resume_exactly(
     plain, compiled = rows("plain", 4), rows("compiled", 4, compile=True)
     assert rows("stopped", 2, 4, compile=True) == compiled
     for expected, found in zip(plain, compiled, strict=True):
-        assert found == pytest.approx(expected, rel=1e-3, abs=1e-5)
+        numbers = {name: value for name, value in expected.items() if value is not None}
+        assert found.keys() == expected.keys()
+        assert {n: found[n] for n in numbers} == pytest.approx(numbers, rel=1e-3, abs=1e-5)
