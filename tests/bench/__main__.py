@@ -161,8 +161,8 @@ def main() -> None:
 
     torch.set_num_threads(asked.threads)
     dtype = asked.dtype or max(("fp32", "bf16"), key=lambda dtype: gemm(dtype, total=1e9))
-    how = ", learner.compile" if asked.compile else ""
-    print(f"{asked.threads} threads, {dtype}{how}", flush=True)
+    how = f"{asked.threads} threads, {dtype}{', learner.compile' if asked.compile else ''}"
+    print(how, flush=True)
     bench = Bench(asked.model.resolve(), asked.out.resolve(), asked.threads, dtype, asked.compile)
     seconds, rate = 0.4 * 60 * asked.minutes, gemm(dtype)
     works = (W1, replace(W2, prompts=asked.prompts))
@@ -178,7 +178,7 @@ def main() -> None:
     unknown = set(asked.works) - ways.keys()
     if unknown:
         sys.exit(f"{min(unknown)} is not one of {', '.join(ways)}")
-    parts = [ways[name]() for name in asked.works or ways]
+    parts = [how, *(ways[name]() for name in asked.works or ways)]
     (bench.folder / "bench.md").write_text("\n\n".join(parts) + "\n")
     machine = {
         "threads": asked.threads,

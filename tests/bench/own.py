@@ -24,7 +24,7 @@ from ppo_dist.data.batching import pack, shares
 from ppo_dist.device import DTYPES
 from ppo_dist.learner.flops import Cost
 from ppo_dist.learner.losses import Tensors
-from ppo_dist.models.compiled import compile_layers
+from ppo_dist.models.compiled import compile_layers, why_not
 from ppo_dist.models.critic import load_critic
 from ppo_dist.models.policy import PolicyModel, load_policy
 from ppo_dist.reports import Coefficients
@@ -162,6 +162,8 @@ def learner(raw: dict[str, Any], keep: Path, times: int) -> Found:
     """
     config = Config.model_validate(raw)
     seen: Seen = pickle.loads(keep.read_bytes())
+    if config.learner.compile:
+        why_not("cpu")  # the compiler's own memory is not the learner's
     before = psutil.Process().memory_info().rss
     models = 2 if seen.rollouts else 1  # without rollouts no critic learns
     batches = packed(seen.updates, config.learner.micro_batch_tokens)

@@ -72,17 +72,22 @@ def test_what_is_not_made_of_layers_is_named() -> None:
         compile_layers(torch.nn.Linear(2, 2))
 
 
-def test_without_a_compiler_it_is_said_before_any_model_loads(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["local", pytest.param("ray", marks=pytest.mark.slow)])
+def test_without_a_compiler_it_is_said_before_any_model_loads(tmp_path: Path, kind: str) -> None:
     file = tmp_path / "run.yaml"
-    config = raw_config(tmp_path / "run", learner={"compile": True}, cluster={"kind": "local"})
+    config = raw_config(tmp_path / "run", learner={"compile": True}, cluster={"kind": kind})
     file.write_text(yaml.safe_dump(config))
-    missing = {"CXX": str(tmp_path / "g++"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    missing = {
+        "CXX": str(tmp_path / "g++"),
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     done = subprocess.run(
         [sys.executable, "-m", "ppo_dist", "train", str(file)],
         env={**os.environ, **missing}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "learner.compile: torch cannot compile here" in done.stderr
+    assert "learner.compile" in done.stderr and "torch cannot compile" in done.stderr
     assert str(tmp_path / "g++") in done.stderr
 
 
@@ -91,6 +96,7 @@ def test_without_a_compiler_it_is_said_before_any_model_loads(tmp_path: Path) ->
     ("learner", "sections"),
     [
         ({"zero_stage": 0}, {}),
+        ({"zero_stage": 2, "workers": 2}, {"cluster": {"kind": "ray"}}),
         ({"zero_stage": 2, "gradient_checkpointing": True}, {}),
         (
             {"zero_stage": 1},
