@@ -20,7 +20,7 @@ from ppo_dist.build.parts import reward_source
 from ppo_dist.config import Config, InputError, reward_models
 from ppo_dist.config.reward import ModelReward
 from ppo_dist.learner.group import InProcess, Ranks
-from ppo_dist.learner.worker import LearnerWorker, Seat
+from ppo_dist.learner.worker import LearnerWorker, Seat, cannot_compile
 from ppo_dist.protocols import Rewards, RolloutEngine, RolloutPool
 from ppo_dist.reports import Vitals
 from ppo_dist.rewards.model import ModelScores, RewardModel
@@ -100,11 +100,8 @@ def ranks(config: Config, model_path: str, resume: Path | None) -> Ranks:
         InputError: torch cannot compile here, and should.
     """
     kind = _device(config)
-    if config.learner.compile:
-        from ppo_dist.models.compiled import why_not
-
-        if (said := why_not(kind)) is not None:
-            raise InputError(f"learner.compile: {said}")
+    if config.learner.compile and (said := cannot_compile(kind)) is not None:
+        raise InputError(f"learner.compile: {said}")
     run = InTurn(kind, config.learner.threads)
     seat = Seat(0, 1, "127.0.0.1", ANY_PORT, kind)
     return InProcess(LearnerWorker(config, model_path, MemorySender(), seat, resume), run)

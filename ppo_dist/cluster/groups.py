@@ -17,7 +17,7 @@ from ppo_dist.cluster.actors import cause, reason
 from ppo_dist.cluster.layout import Slot
 from ppo_dist.cluster.session import Places
 from ppo_dist.config import Config, InputError, WorkersLost
-from ppo_dist.learner.worker import LearnerWorker, Seat, probe
+from ppo_dist.learner.worker import LearnerWorker, Seat, cannot_compile, probe
 from ppo_dist.protocols import WeightSender
 from ppo_dist.types import Weights
 
@@ -52,9 +52,7 @@ class LearnerActor(LearnerWorker):
 
     def cannot_compile(self, kind: device.DeviceKind) -> str | None:
         """See models.compiled.why_not."""
-        from ppo_dist.models.compiled import why_not  # torch's compiler loads slowly
-
-        return why_not(kind)
+        return cannot_compile(kind)
 
     def probe(self, nbytes: int, version: int) -> Weights:
         """Publishes that much without a model."""

@@ -77,6 +77,13 @@ def probe(nbytes: int) -> NamedTensors:
     return [(f"probe.{at}", numbers[at : at + MEGABYTE]) for at in range(0, len(numbers), MEGABYTE)]
 
 
+def cannot_compile(kind: device.DeviceKind) -> str | None:
+    """See models.compiled.why_not."""
+    from ppo_dist.models.compiled import why_not  # torch's compiler loads slowly
+
+    return why_not(kind)
+
+
 class LearnerWorker:
     """Holds this rank's shards. All ranks get the same calls in the same order."""
 
