@@ -96,7 +96,7 @@ def test_without_a_compiler_it_is_said_before_any_model_loads(tmp_path: Path, ki
     ("learner", "sections"),
     [
         ({"zero_stage": 0}, {}),
-        ({"zero_stage": 2, "workers": 2}, {"cluster": {"kind": "ray"}}),
+        ({"zero_stage": 2, "workers": 2}, {"cluster": {"kind": "ray", "cpus": 4}}),
         ({"zero_stage": 2, "gradient_checkpointing": True}, {}),
         (
             {"zero_stage": 1},
