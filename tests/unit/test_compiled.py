@@ -20,7 +20,6 @@ from ppo_dist.models.critic import CriticModel, load_critic
 from ppo_dist.models.policy import PolicyModel, load_policy
 from tests.conftest import TIMINGS, raw_config
 
-TRIAL = 4  # at most so many libraries are what the trial of the compiler makes
 LENGTHS = ((9, 6, 12), (5,), (31, 3), (20, 20, 4, 4))  # of the sequences of four rows
 
 
@@ -129,7 +128,11 @@ def test_compiled_runs_are_those_that_are_not_and_resume_exactly(
         return [{k: v for k, v in row.items() if not k.startswith(TIMINGS)} for row in found]
 
     plain, compiled = rows("plain", 4), rows("compiled", 4, compile=True)
-    assert len(list((tmp_path / "compiled-0").rglob("*.so"))) > TRIAL, "its layers were compiled"
+    trial = "from ppo_dist.models.compiled import why_not; assert why_not('cpu') is None"
+    cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "trial")}
+    subprocess.run([sys.executable, "-c", trial], env={**os.environ, **cache}, check=True)
+    counts = [len(list((tmp_path / n).rglob("*.so"))) for n in ("trial", "compiled-0")]
+    assert 0 < counts[0] < counts[1], "its layers were compiled, beside what the trial compiles"
     assert rows("stopped", 2, 4, compile=True) == compiled
     for expected, found in zip(plain, compiled, strict=True):
         numbers = {name: value for name, value in expected.items() if value is not None}
