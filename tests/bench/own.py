@@ -9,6 +9,7 @@ import pickle
 import resource
 import statistics
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ COEFFICIENTS = Coefficients(
 @dataclasses.dataclass
 class Seen:
     """What went through the last step of a run; the prompts of every step, as tokens, and how many
-    tokens each response to them had.
+    tokens each response to them had; and how long the engine takes alone for that last step.
     """
 
     prompts: list[list[list[int]]] = dataclasses.field(default_factory=list)
@@ -51,17 +52,45 @@ class Seen:
     chunks: Sequence[Chunk] = ()
     rollouts: Sequence[Rollout] = ()
     updates: Sequence[Sequence[TrainSequence]] = ()
+    alone: EngineAlone | None = None
+
+
+class EngineAlone:
+    """The same engine as in a run of one process, but without the run around it: before and after
+    the run's own generation of a step, so that a machine that is slower for a while is so for both.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self.taken: list[float] = []  # seconds for all chunks
+        self.between: list[float] = []  # what the run lost by it, in seconds: before, after
+
+    def __call__(self, chunks: Sequence[Chunk]) -> None:
+        begin = time.perf_counter()
+        path = self._config.model.path or f"{self._config.run.dir}/model"  # made on the spot
+        made = engine(self._config, path, "cpu")()
+        first = [dataclasses.replace(chunk, version=0) for chunk in chunks]
+        made.generate(first[0])  # does not count
+        self.taken.append(timed(lambda: [made.generate(chunk) for chunk in first], 1, warm=False))
+        self.between.append(time.perf_counter() - begin)
+
+    def take_from(self, row: dict[str, Any]) -> None:
+        """Its time is not the step's, and what came after the generation not that stage's."""
+        row["timing_s/step"] -= sum(self.between)
+        row["timing_s/generate"] -= self.between[-1]
 
 
 def run(raw: dict[str, Any], keep: Path) -> Found:
     """A run of ours; what its last step learned from is kept in a file."""
     seen, config = Seen(), Config.model_validate(raw)
+    if config.cluster.kind == "local":
+        seen.alone = EngineAlone(config)
     real = build.workers
 
     @contextlib.contextmanager
     def watched(*args: Any) -> Iterator[Any]:
         with real(*args) as parts:
-            _listen(seen, *parts[:2])
+            _listen(seen, config.train.steps, *parts[:2])
             yield parts
 
     build.workers = watched  # type: ignore[assignment]
@@ -69,6 +98,11 @@ def run(raw: dict[str, Any], keep: Path) -> Found:
         assert train(config, resume=False, console=Console(quiet=True)) == 0
     rows = read_rows(Path(config.run.dir) / "metrics.jsonl")[1:]
     rows = [row for row in rows if row["timing_s/step"] is not None]
+    more = {}
+    if seen.alone and seen.alone.taken:
+        seen.alone.take_from(rows[-1])
+        more["generate alone"] = statistics.mean(seen.alone.taken)
+        more["generate in the run"] = rows[-1]["timing_s/generate"]
     seconds = {s: statistics.median(row[f"timing_s/{s}"] or 0.0 for row in rows) for s in STAGES}
     keep.write_bytes(pickle.dumps(seen))
     asked = {"prompts": seen.prompts, "lengths": seen.lengths}
@@ -76,10 +110,6 @@ def run(raw: dict[str, Any], keep: Path) -> Found:
     tokens = statistics.median(
         (row["rollout/tokens"] or 0) + (row.get("sup/tokens") or 0) for row in rows
     )
-    more = {}
-    if seen.chunks:  # of the last step
-        more["generate alone"] = _engine_alone(config, seen.chunks)
-        more["generate in the run"] = rows[-1]["timing_s/generate"] or 0.0
     for name in ("rollout", "learner"):
         more[f"idle {name}"] = statistics.median(row[f"perf/idle_{name}_share"] for row in rows)
     for name, what in (("rollouts", seen.rollouts), ("training sequences", seen.updates)):
@@ -127,19 +157,23 @@ def _name(command: Sequence[str]) -> str:
     return first.split("::")[1].split(".")[0] if "::" in first else "ray"
 
 
-def _listen(seen: Seen, learners: Any, pool: Any) -> None:
+def _listen(seen: Seen, steps: int, learners: Any, pool: Any) -> None:
     submit, collect, update = pool.submit, pool.collect, learners.update
 
     def submitting(chunks: Sequence[Chunk]) -> int:
         seen.chunks = chunks
         asked = (request.prompt for chunk in chunks for request in chunk.requests)
         seen.prompts.append([prompt.tokens_P.tolist() for prompt in asked])
+        if seen.alone and len(seen.prompts) == steps:
+            seen.alone(chunks)
         ticket: int = submit(chunks)
         return ticket
 
     def collecting(ticket: int) -> list[Rollout]:
         seen.rollouts = collect(ticket)
         seen.lengths.append([len(rollout.tokens_R) for rollout in seen.rollouts])
+        if seen.alone and len(seen.lengths) == steps:
+            seen.alone(seen.chunks)
         return list(seen.rollouts)
 
     def updating(updates: Sequence[Sequence[TrainSequence]], coefficients: Coefficients) -> Any:
@@ -147,13 +181,6 @@ def _listen(seen: Seen, learners: Any, pool: Any) -> None:
         return update(updates, coefficients)
 
     pool.submit, pool.collect, learners.update = submitting, collecting, updating
-
-
-def _engine_alone(config: Config, chunks: Sequence[Chunk]) -> float:
-    path = config.model.path or f"{config.run.dir}/model"  # made on the spot
-    made = engine(config, path, "cpu")()
-    first = [dataclasses.replace(chunk, version=0) for chunk in chunks]
-    return timed(lambda: [made.generate(chunk) for chunk in first], 1)
 
 
 def learner(raw: dict[str, Any], keep: Path, times: int) -> Found:
