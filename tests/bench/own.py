@@ -1,4 +1,4 @@
-"""Our own way, and what its parts take alone."""
+"""Our own way, and what a learner takes alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import pickle
 import resource
 import statistics
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ import torch
 from rich.console import Console
 
 from ppo_dist import build
-from ppo_dist.build.engines import engine
 from ppo_dist.config import Config
 from ppo_dist.data.batching import pack, shares
 from ppo_dist.device import DTYPES
@@ -32,6 +30,7 @@ from ppo_dist.reports import Coefficients
 from ppo_dist.run import train
 from ppo_dist.tracking.local import read_rows
 from ppo_dist.types import Chunk, MicroBatch, Rollout, TrainSequence
+from tests.bench.alone import EngineAlone, lengths
 from tests.bench.machine import LARGE, LAYER, products, rate, timed, timed_in_turn
 from tests.bench.work import Found
 
@@ -44,7 +43,7 @@ COEFFICIENTS = Coefficients(
 @dataclasses.dataclass
 class Seen:
     """What went through the last step of a run; the prompts of every step, as tokens, and how many
-    tokens each response to them had; and how long the engine takes alone for that last step.
+    tokens each response to them had.
     """
 
     prompts: list[list[list[int]]] = dataclasses.field(default_factory=list)
@@ -52,45 +51,20 @@ class Seen:
     chunks: Sequence[Chunk] = ()
     rollouts: Sequence[Rollout] = ()
     updates: Sequence[Sequence[TrainSequence]] = ()
-    alone: EngineAlone | None = None
-
-
-class EngineAlone:
-    """The same engine as in a run of one process, but without the run around it: before and after
-    the run's own generation of a step, so that a machine that is slower for a while is so for both.
-    """
-
-    def __init__(self, config: Config) -> None:
-        self._config = config
-        self.taken: list[float] = []  # seconds for all chunks
-        self.between: list[float] = []  # what the run lost by it, in seconds: before, after
-
-    def __call__(self, chunks: Sequence[Chunk]) -> None:
-        begin = time.perf_counter()
-        path = self._config.model.path or f"{self._config.run.dir}/model"  # made on the spot
-        made = engine(self._config, path, "cpu")()
-        first = [dataclasses.replace(chunk, version=0) for chunk in chunks]
-        made.generate(first[0])  # does not count
-        self.taken.append(timed(lambda: [made.generate(chunk) for chunk in first], 1, warm=False))
-        self.between.append(time.perf_counter() - begin)
-
-    def take_from(self, row: dict[str, Any]) -> None:
-        """Its time is not the step's, and what came after the generation not that stage's."""
-        row["timing_s/step"] -= sum(self.between)
-        row["timing_s/generate"] -= self.between[-1]
 
 
 def run(raw: dict[str, Any], keep: Path) -> Found:
     """A run of ours; what its last step learned from is kept in a file."""
     seen, config = Seen(), Config.model_validate(raw)
-    if config.cluster.kind == "local":
-        seen.alone = EngineAlone(config)
+    alone = EngineAlone(config) if config.cluster.kind == "local" else None
     real = build.workers
 
     @contextlib.contextmanager
     def watched(*args: Any) -> Iterator[Any]:
         with real(*args) as parts:
-            _listen(seen, config.train.steps, *parts[:2])
+            _listen(seen, *parts[:2])
+            if alone:
+                alone.listen(parts[1])
             yield parts
 
     build.workers = watched  # type: ignore[assignment]
@@ -99,9 +73,9 @@ def run(raw: dict[str, Any], keep: Path) -> Found:
     rows = read_rows(Path(config.run.dir) / "metrics.jsonl")[1:]
     rows = [row for row in rows if row["timing_s/step"] is not None]
     more = {}
-    if seen.alone and seen.alone.taken:
-        seen.alone.take_from(rows[-1])
-        more["generate alone"] = statistics.mean(seen.alone.taken)
+    if alone and alone.taken:
+        alone.take_from(rows[-1])
+        more["generate alone"] = statistics.mean(alone.taken)
         more["generate in the run"] = rows[-1]["timing_s/generate"]
     seconds = {s: statistics.median(row[f"timing_s/{s}"] or 0.0 for row in rows) for s in STAGES}
     keep.write_bytes(pickle.dumps(seen))
@@ -157,23 +131,19 @@ def _name(command: Sequence[str]) -> str:
     return first.split("::")[1].split(".")[0] if "::" in first else "ray"
 
 
-def _listen(seen: Seen, steps: int, learners: Any, pool: Any) -> None:
+def _listen(seen: Seen, learners: Any, pool: Any) -> None:
     submit, collect, update = pool.submit, pool.collect, learners.update
 
     def submitting(chunks: Sequence[Chunk]) -> int:
         seen.chunks = chunks
         asked = (request.prompt for chunk in chunks for request in chunk.requests)
         seen.prompts.append([prompt.tokens_P.tolist() for prompt in asked])
-        if seen.alone and len(seen.prompts) == steps:
-            seen.alone(chunks)
         ticket: int = submit(chunks)
         return ticket
 
     def collecting(ticket: int) -> list[Rollout]:
         seen.rollouts = collect(ticket)
-        seen.lengths.append([len(rollout.tokens_R) for rollout in seen.rollouts])
-        if seen.alone and len(seen.lengths) == steps:
-            seen.alone(seen.chunks)
+        seen.lengths.append(lengths(seen.rollouts))
         return list(seen.rollouts)
 
     def updating(updates: Sequence[Sequence[TrainSequence]], coefficients: Coefficients) -> Any:
