@@ -36,14 +36,14 @@ class EngineAlone:
 
         def submitting(chunks: Sequence[Chunk]) -> int:
             asked.append(chunks)
-            if len(asked) == self._config.train.steps:
+            if self._is_last(asked):
                 self._generate(chunks)
             ticket: int = submit(chunks)
             return ticket
 
         def collecting(ticket: int) -> list[Rollout]:
             rollouts: list[Rollout] = collect(ticket)
-            if len(asked) == self._config.train.steps:
+            if self._is_last(asked):
                 again = self._generate(asked[-1])
                 assert lengths(again) == lengths(rollouts), "not the same responses"
             return rollouts
@@ -54,6 +54,10 @@ class EngineAlone:
         """Its time is not the step's, and what came after the generation not that stage's."""
         row["timing_s/step"] -= sum(self._between)
         row["timing_s/generate"] -= self._between[-1]
+
+    def _is_last(self, asked: Sequence[Sequence[Chunk]]) -> bool:
+        """Whether that is so, and has responses at all."""
+        return len(asked) == self._config.train.steps and len(asked[-1]) > 0
 
     def _generate(self, chunks: Sequence[Chunk]) -> list[Rollout]:
         begin = time.perf_counter()
