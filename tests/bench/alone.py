@@ -56,7 +56,7 @@ class EngineAlone:
         row["timing_s/generate"] -= self._between[-1]
 
     def _is_last(self, asked: Sequence[Sequence[Chunk]]) -> bool:
-        """Whether that is so, and has responses at all."""
+        """Whether the last step was asked for, and has responses at all."""
         return len(asked) == self._config.train.steps and len(asked[-1]) > 0
 
     def _generate(self, chunks: Sequence[Chunk]) -> list[Rollout]:
