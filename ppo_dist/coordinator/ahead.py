@@ -15,8 +15,8 @@ class Ahead:
     """The rollouts of the steps to come, step by step, up to `max_lag` of them beside the current
     one. So generation has that much to do while others learn, and no more.
 
-    The rollouts of step t are written by version max(0, t − max_lag) exactly: a run with lag is as
-    reproducible as one without.
+    The rollouts of step t are written by version max(s, t − max_lag) exactly, s being the first step
+    that has any: a run with lag is as reproducible as one without.
     """
 
     def __init__(self, prompts: Mapping[str, Prompt], max_lag: int) -> None:
@@ -30,10 +30,13 @@ class Ahead:
         """From now on asks this pool. What another was asked for and did not deliver is gone."""
         self._pool, self._underway = pool, {}
 
-    def unasked(self, step: int) -> range:
-        """The steps whose rollouts are to be asked for now, before `step` learns."""
+    def unasked(self, step: int, has_begun: bool) -> range:
+        """The steps whose rollouts are to be asked for now, before `step` learns. None ahead until
+        there are rollouts at all: what labels alone teach comes fast, and responses from before the
+        last of it are a poor start.
+        """
         asked = [step - 1, *self._underway, *self._done]
-        return range(max(asked) + 1, step + self._max_lag + 1)
+        return range(max(asked) + 1, step + 1 + (self._max_lag if has_begun else 0))
 
     def ask(self, step: int, chunks: Sequence[Chunk]) -> None:
         """Has the rollouts of a step made."""

@@ -175,7 +175,7 @@ class Loop:
         config, memory, parts, step = self._config, self._memory, self._parts, self.state.step
         plan = memory.guard.adjusted(memory.schedule.plan(step), step)
         coefficients = self._coefficients(plan)
-        rollouts = self._generate(watch)
+        rollouts = self._generate(plan, watch)
         with watch("score"):
             scored, dropped = judged(parts.reward, rollouts)
             admitted = memory.unlabelled.admit(step, scored)
@@ -222,13 +222,14 @@ class Loop:
             critic_lr=value_at(learner.critic_lr, step),
         )
 
-    def _generate(self, watch: Stopwatch) -> Sequence[Rollout]:
+    def _generate(self, now: MixPlan, watch: Stopwatch) -> Sequence[Rollout]:
         """The step's rollouts; has those of later steps begun first, as far as the lag allows."""
         memory, rollout, state = self._memory, self._config.rollout, self.state
         sampling = Sampling(
             rollout.temperature, rollout.max_new_tokens, self._config.run.seed, "train"
         )
-        for coming in memory.ahead.unasked(state.step):
+        has_begun = state.reinforced > 0 or any(now.prompts.values())
+        for coming in memory.ahead.unasked(state.step, has_begun):
             plan = memory.guard.adjusted(memory.schedule.plan(coming), coming)
             prompts = memory.stream.prompts(plan)
             if prompts:

@@ -35,6 +35,18 @@ def test_every_step_learns_from_exactly_the_version_before_its_lag(
     assert all(row["rollout/dropped"] == 0 for row in rig.tracker.rows[1:])
 
 
+@pytest.mark.parametrize("lag", [1, 3])
+def test_the_first_rollouts_are_of_the_policy_that_all_labels_alone_made(
+    tmp_path: Path, lag: int
+) -> None:
+    schedule = {"kind": "supervised_first", "steps": 4, "then": 0.5}
+    mix = {"schedule": schedule, "prompts": 6, "labelled_batch": 4}
+    rig = Rig(tmp_path, stream={"max_lag": lag}, train={"steps": 10}, mix=mix, eval={"every": 0})
+    assert rig.loop.run() == "done"
+    lags = [row["rollout/version_lag"] for row in rig.tracker.rows if row["step"]]
+    assert lags == [None] * 4 + [min(step, lag) for step in range(6)]
+
+
 def test_no_more_is_asked_for_than_the_lag_allows(tmp_path: Path) -> None:
     rig = Rig(tmp_path, stream={"max_lag": 2}, train={"steps": 3}, eval={"every": 0})
     rig.loop.run()
