@@ -15,8 +15,8 @@ class Ahead:
     """The rollouts of the steps to come, step by step, up to `max_lag` of them beside the current
     one. So generation has that much to do while others learn, and no more.
 
-    The rollouts of step t are written by version max(s, t − max_lag) exactly, s being the first step
-    that has any: a run with lag is as reproducible as one without.
+    The rollouts of step t are written by version max(s, t − max_lag) exactly, s being the first
+    step that has any: a run with lag is as reproducible as one without.
     """
 
     def __init__(self, prompts: Mapping[str, Prompt], max_lag: int) -> None:
