@@ -185,10 +185,9 @@ class Correction(Section):
         "auto", description="auto: importance if stream.max_lag is above 0"
     )
     cap: float | None = Field(
-        2.0,
+        1.0,
         ge=1,
-        description="largest weight (truncated importance sampling); null: not cut. At 1, as in "
-        "IMPALA, tokens that the policy has come to prefer count for no more than they did",
+        description="largest weight (truncated importance sampling; 1 as in IMPALA); null: not cut",
     )
     over: Literal["token", "prefix"] = Field(
         "token",
