@@ -58,7 +58,9 @@ class Writer:
 
     def timed(self, chunk: Chunk) -> tuple[list[Rollout], Vitals]:
         made = [
-            Rollout(r.prompt, i, self.tokens_R, self.logprobs_R, "", "eos", chunk.version)
+            Rollout(
+                r.prompt, i, self.tokens_R.copy(), self.logprobs_R.copy(), "", "eos", chunk.version
+            )
             for r in chunk.requests
             for i in r.indices
         ]
@@ -225,8 +227,8 @@ def run() -> Found:
     """Seconds of a step by (workers, learners), and the driver's memory."""
     sizes = ((1, 1), (4, 1), (16, 4), (64, 16), (256, 64), (512, 64), (1024, 64))
     actors = ((1, 1), (4, 2), (16, 4))
+    seen = memory_over(1000)  # first, since what large steps leave free would hide what is kept
     more = seconds_of_a_step("in process", in_process, sizes)
-    seen = memory_over(1000)
     cpus = sum(workers for workers, _ in actors)
     ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level="ERROR")
     more |= seconds_of_a_step("actors", with_actors, actors)
