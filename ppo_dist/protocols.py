@@ -5,6 +5,7 @@ from its parts.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -48,6 +49,9 @@ class RolloutEngine(Protocol):
 
     def peak_memory(self) -> int | None:
         """Bytes of a GPU that it has had at most, since this was last asked; None without one."""
+
+    def traced(self, file: Path) -> AbstractContextManager[None]:
+        """Writes a torch trace of what is generated inside."""
 
 
 class RewardSource(Protocol):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,9 @@ class FakeEngine:
 
     def peak_memory(self) -> int | None:
         return None
+
+    def traced(self, file: Path) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def load(self, version: int, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         self.weights = {name: tensor.clone() for name, tensor in weights}

@@ -62,7 +62,7 @@ def test_no_key_is_dead() -> None:
         for s in ("Data", "Reward", "Shares")
         for o in ("labelled", "verifiable", "unlabelled")
     }
-    # transport.kind has one value so far: the schema itself is its reader
+    # a kind chooses the section: the schema itself is its reader
     known = by_origin | {f for f in fields if f.endswith(".kind")}
     dead = [f for f in sorted(fields - known) if not re.search(rf"\.{f.split('.')[1]}\b", code)]
     assert not dead

@@ -81,8 +81,8 @@ class Train(Section):
     profile_steps: int = Field(
         0,
         ge=0,
-        description="steps, after the first, of which every worker writes torch traces into the "
-        "run folder's profile/ (for Perfetto or chrome://tracing)",
+        description="steps, after the first, of which every learner and rollout worker writes "
+        "torch traces into the run folder's profile/ (for Perfetto or chrome://tracing)",
     )
     max_skipped_updates: int = Field(
         3, ge=1, description="so many updates in a row with a gradient that is not finite stop it"

@@ -168,8 +168,8 @@ class StreamSection(Section):
         0,
         ge=0,
         description="versions that a response may be older than the policy that learns from it; "
-        "0: generate, then learn; n: the responses of step t are written by version t−n, while "
-        "steps before it are learned from",
+        "0: generate, then learn; n: the responses of step t are written by version t−n (those of "
+        "the first n+1 by the version that is there then), while steps before it are learned from",
     )
 
     @property

@@ -31,9 +31,8 @@ class Ahead:
         self._pool, self._underway = pool, {}
 
     def unasked(self, step: int, has_begun: bool) -> range:
-        """The steps whose rollouts are to be asked for now, before `step` learns. None ahead until
-        there are rollouts at all: what labels alone teach comes fast, and responses from before the
-        last of it are a poor start.
+        """The steps whose rollouts are to be asked for now, before `step` learns. None ahead of the
+        first that has any: a run that begins with labels alone changes fast until then.
         """
         asked = [step - 1, *self._underway, *self._done]
         return range(max(asked) + 1, step + 1 + (self._max_lag if has_begun else 0))

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from ppo_dist.device import free_cache, multiplier, peak_memory
+from ppo_dist.device import free_cache, multiplier, peak_memory, traced
 from ppo_dist.models.packing import sliding_window
 from ppo_dist.protocols import NamedTensors
 from ppo_dist.rollout.sampling import draw, uniforms
@@ -82,6 +84,10 @@ class HfEngine:
     def peak_memory(self) -> int | None:
         """See RolloutEngine."""
         return peak_memory()
+
+    def traced(self, file: Path) -> AbstractContextManager[None]:
+        """See RolloutEngine."""
+        return traced(file)
 
     def _pack_head(self) -> None:
         head = self._lm.get_output_embeddings()

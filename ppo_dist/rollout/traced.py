@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ppo_dist.device import traced
 from ppo_dist.protocols import RolloutEngine
 from ppo_dist.types import Chunk, Rollout
 
@@ -18,7 +17,7 @@ class Traced:
         self._engine, self._folder, self._steps = engine, folder, steps
         self._first: int | None = None
         self.load, self.sleep, self.wake = engine.load, engine.sleep, engine.wake
-        self.peak_memory = engine.peak_memory
+        self.peak_memory, self.traced = engine.peak_memory, engine.traced
 
     def generate(self, chunk: Chunk) -> list[Rollout]:
         """See RolloutEngine."""
@@ -28,5 +27,5 @@ class Traced:
             self._first = chunk.step
         if not 1 <= chunk.step - self._first <= self._steps:
             return self._engine.generate(chunk)
-        with traced(self._folder / f"rollout-step-{chunk.step}-chunk-{chunk.index}.json"):
+        with self.traced(self._folder / f"rollout-step-{chunk.step}-chunk-{chunk.index}.json"):
             return self._engine.generate(chunk)

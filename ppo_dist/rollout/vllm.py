@@ -7,8 +7,10 @@ go there bucket by bucket (rollout/handover.py) by vLLM's own weight-transfer AP
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -123,6 +125,16 @@ class WorkerSide:
     def peak_memory(self) -> int | None:
         """See RolloutEngine, of one GPU."""
         return device.peak_memory()
+
+    def begin_trace(self, file: str) -> None:
+        """Traces what this process does; a file for each rank where there are several."""
+        rank = self.rank  # type: ignore[attr-defined]
+        self._trace = device.traced(Path(file).with_suffix(f".{rank}.json" if rank else ".json"))
+        self._trace.__enter__()
+
+    def end_trace(self) -> None:
+        """Writes the trace."""
+        self._trace.__exit__(None, None, None)
 
 
 def _register(name: str, engine: type[WeightTransferEngine]) -> None:
@@ -279,6 +291,13 @@ class VllmEngine:
         """See RolloutEngine. It computes in processes of its own: that of the fullest GPU."""
         found = self._llm.collective_rpc("peak_memory")
         return max((most for most in found if most is not None), default=None)
+
+    @contextlib.contextmanager
+    def traced(self, file: Path) -> Iterator[None]:
+        """See RolloutEngine: of vLLM's processes, where the model is."""
+        self._llm.collective_rpc("begin_trace", args=(str(file.absolute()),))
+        yield
+        self._llm.collective_rpc("end_trace")
 
     def generate(self, chunk: Chunk) -> list[Rollout]:
         """See RolloutEngine.

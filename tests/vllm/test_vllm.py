@@ -5,6 +5,7 @@ and a run with it agrees with its learners at every version, whatever the layout
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 import subprocess
 import sys
@@ -123,6 +124,15 @@ def test_log_probabilities_are_those_of_the_temperature(engine: Any, lm: PreTrai
     engine.load(1, named(lm).items())
     for chunk in work(1, temperature=0.7):
         assert gap(engine.generate(chunk), lm, temperature=0.7) < AGREEMENT
+
+
+def test_a_trace_is_of_the_model(engine: Any, lm: PreTrainedModel, tmp_path: Path) -> None:
+    engine.load(1, named(lm).items())
+    with engine.traced(tmp_path / "trace.json"):
+        engine.generate(work(1)[0])
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    operations = {str(event.get("name")) for event in events}
+    assert any("mm" in name or "linear" in name for name in operations), operations
 
 
 def test_a_prompt_that_was_read_before_is_read_anew_by_new_weights(engine: Any) -> None:
