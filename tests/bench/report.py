@@ -73,7 +73,13 @@ def moved(found: Found) -> list[str]:
         if name.startswith("bytes of ")
     ]
     peaks = [f"{name} {number / 1e9:.2f} GB" for name, number in found.peak.items()]
-    return [f"* moved in a step: {', '.join(sizes)}", f"* largest memory: {', '.join(peaks)}"]
+    step = found.seconds["step"]
+    rest = step - sum(found.seconds[stage] for stage in STAGES[:-1])
+    return [
+        f"* in no stage, which is the coordinator's: {rest:.2f} s, {rest / step:.1%} of the step",
+        f"* moved in a step: {', '.join(sizes)}",
+        f"* largest memory: {', '.join(peaks)}",
+    ]
 
 
 def learner(alone: Found) -> list[str]:
