@@ -6,6 +6,7 @@ coordinator's own time: prompts, chunks, scores, advantages, micro-batches, metr
 
 from __future__ import annotations
 
+import gc
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -210,6 +211,7 @@ def seconds_of_a_step(
     """Medians, of all sizes in turn."""
     with ExitStack() as stack:
         loops = [start(stack, *size, TURNS + 1) for size in sizes]
+        gc.freeze()  # as a run does before its first step
         seconds = timed_in_turn(TURNS, *(own._pass for own in loops), clock=clock)
     names = [f"{workers} {world} {kind}" for workers, world in sizes]
     return dict(zip(names, seconds, strict=True))
