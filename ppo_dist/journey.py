@@ -162,7 +162,10 @@ class Journey:
                     self._tell("learners_rebuilt", state.step, seconds=seconds)
                 loop = Loop(config, self.memory, self._parts(*workers), state, pending)
                 gc.freeze()  # what is here stays: collections need not look at it in every step
-                return loop.run(interrupted), loop
+                try:
+                    return loop.run(interrupted), loop
+                finally:
+                    gc.unfreeze()
         except WorkersLost as error:
             step, reason = (state if loop is None else loop.state).step, str(error)
             detail = str(error.__cause__ or "")

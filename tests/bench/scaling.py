@@ -212,6 +212,7 @@ def seconds_of_a_step(
     with ExitStack() as stack:
         loops = [start(stack, *size, TURNS + 1) for size in sizes]
         gc.freeze()  # as a run does before its first step
+        stack.callback(gc.unfreeze)
         seconds = timed_in_turn(TURNS, *(own._pass for own in loops), clock=clock)
     names = [f"{workers} {world} {kind}" for workers, world in sizes]
     return dict(zip(names, seconds, strict=True))
