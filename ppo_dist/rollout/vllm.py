@@ -296,8 +296,10 @@ class VllmEngine:
     def traced(self, file: Path) -> Iterator[None]:
         """See RolloutEngine: of vLLM's processes, where the model is."""
         self._llm.collective_rpc("begin_trace", args=(str(file.absolute()),))
-        yield
-        self._llm.collective_rpc("end_trace")
+        try:
+            yield
+        finally:
+            self._llm.collective_rpc("end_trace")
 
     def generate(self, chunk: Chunk) -> list[Rollout]:
         """See RolloutEngine.

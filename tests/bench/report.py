@@ -66,7 +66,9 @@ def beside_trl(own: Found, trl: Found | None) -> str:
 
 
 def moved(found: Found) -> list[str]:
-    """What goes from process to process in a step, and the processes' memory."""
+    """What a step takes beside its stages, what goes from process to process in it, and the
+    processes' memory.
+    """
     sizes = [
         f"{name.removeprefix('bytes of ')} {number / 1e6:.2f} MB"
         for name, number in found.more.items()
