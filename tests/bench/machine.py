@@ -13,7 +13,6 @@ import torch
 from ppo_dist.device import DTYPES
 
 Shape: TypeAlias = tuple[int, int, int]
-Clock: TypeAlias = Callable[[], float]
 # rows, what is summed over, columns: of a product as a small model has it, and of a large one
 LAYER, LARGE = (512, 1024, 1024), (2048, 2048, 2048)
 WORK = 1e11  # about as many FLOPs are measured at one time
@@ -47,25 +46,19 @@ def products(dtype: str, shape: Shape, total: float = WORK) -> Callable[[], None
     return work
 
 
-def timed(
-    work: Callable[[], Any], times: int, warm: bool = True, clock: Clock = time.perf_counter
-) -> float:
+def timed(work: Callable[[], Any], times: int, warm: bool = True) -> float:
     """Median seconds, after a first time that does not count."""
     if warm:
         work()
     taken = []
     for _ in range(times):
-        begin = clock()
+        begin = time.perf_counter()
         work()
-        taken.append(clock() - begin)
+        taken.append(time.perf_counter() - begin)
     return statistics.median(taken)
 
 
-def timed_in_turn(
-    times: int, *works: Callable[[], Any], clock: Clock = time.perf_counter
-) -> list[float]:
+def timed_in_turn(times: int, *works: Callable[[], Any]) -> list[float]:
     """Median seconds of each, so that a machine that is slower for a while is so for all."""
-    taken = [
-        [timed(work, 1, warm=not turn, clock=clock) for work in works] for turn in range(times)
-    ]
+    taken = [[timed(work, 1, warm=not turn) for work in works] for turn in range(times)]
     return [statistics.median(each) for each in zip(*taken, strict=True)]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -31,7 +30,7 @@ from ppo_dist.reports import StepReport, TermSums, UpdateReport, Vitals
 from ppo_dist.rollout.pool import Pool
 from ppo_dist.transport.store import StoreReceiver
 from ppo_dist.types import Annotation, Chunk, Prompt, Rollout, Score, Weights
-from tests.bench.machine import Clock, timed_in_turn
+from tests.bench.machine import timed_in_turn
 from tests.bench.work import Found
 
 PROMPT, RESPONSE, EACH = 500, 3500, 4  # tokens; sequences of a rollout worker in a step
@@ -203,17 +202,14 @@ def with_actors(stack: ExitStack, workers: int, world: int, steps: int) -> Loop:
 
 
 def seconds_of_a_step(
-    kind: str,
-    start: Callable[[ExitStack, int, int, int], Loop],
-    sizes: Sequence[tuple[int, int]],
-    clock: Clock = time.perf_counter,
+    kind: str, start: Callable[[ExitStack, int, int, int], Loop], sizes: Sequence[tuple[int, int]]
 ) -> dict[str, float]:
     """Medians, of all sizes in turn."""
     with ExitStack() as stack:
         loops = [start(stack, *size, TURNS + 1) for size in sizes]
         gc.freeze()  # as a run does before its first step
         stack.callback(gc.unfreeze)
-        seconds = timed_in_turn(TURNS, *(own._pass for own in loops), clock=clock)
+        seconds = timed_in_turn(TURNS, *(own._pass for own in loops))
     names = [f"{workers} {world} {kind}" for workers, world in sizes]
     return dict(zip(names, seconds, strict=True))
 
@@ -239,6 +235,5 @@ def run() -> Found:
     cpus = sum(workers for workers, _ in actors)
     ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level="ERROR")
     more |= seconds_of_a_step("actors", with_actors, actors)
-    more |= seconds_of_a_step("actors, cores of the driver", with_actors, actors, time.process_time)
     ray.shutdown()
     return Found({}, 0, {"after 100 steps": seen[0], "after 1000 steps": seen[-1]}, more)
