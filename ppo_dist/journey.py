@@ -4,7 +4,6 @@ workers.
 
 from __future__ import annotations
 
-import gc
 import math
 import time
 from collections.abc import Callable
@@ -161,11 +160,7 @@ class Journey:
                     seconds = round(time.monotonic() - self.lost_at, 3)
                     self._tell("learners_rebuilt", state.step, seconds=seconds)
                 loop = Loop(config, self.memory, self._parts(*workers), state, pending)
-                gc.freeze()  # what is here stays: collections need not look at it in every step
-                try:
-                    return loop.run(interrupted), loop
-                finally:
-                    gc.unfreeze()
+                return loop.run(interrupted), loop
         except WorkersLost as error:
             step, reason = (state if loop is None else loop.state).step, str(error)
             detail = str(error.__cause__ or "")

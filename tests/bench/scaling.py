@@ -6,7 +6,6 @@ coordinator's own time: prompts, chunks, scores, advantages, micro-batches, metr
 
 from __future__ import annotations
 
-import gc
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -207,8 +206,6 @@ def seconds_of_a_step(
     """Medians, of all sizes in turn."""
     with ExitStack() as stack:
         loops = [start(stack, *size, TURNS + 1) for size in sizes]
-        gc.freeze()  # as a run does before its first step
-        stack.callback(gc.unfreeze)
         seconds = timed_in_turn(TURNS, *(own._pass for own in loops))
     names = [f"{workers} {world} {kind}" for workers, world in sizes]
     return dict(zip(names, seconds, strict=True))
