@@ -54,9 +54,10 @@ def cluster(
         yield config
         return
     before_ray(config.cluster)
+    from ppo_dist.cluster.driver import long_lived
     from ppo_dist.cluster.session import fitting, session
 
-    with session(config.cluster):
+    with session(config.cluster), long_lived():
         settled = {"device": fitting(config, has_learners, has_rollouts).device}
         section = config.cluster.model_copy(update=settled)
         yield config.model_copy(update={"cluster": section})

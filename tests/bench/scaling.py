@@ -16,6 +16,7 @@ import numpy as np
 import psutil
 import ray
 
+from ppo_dist.cluster.driver import long_lived
 from ppo_dist.cluster.layout import Node, layout
 from ppo_dist.cluster.pool import Crew, RemoteWorker
 from ppo_dist.cluster.session import reserved
@@ -204,7 +205,7 @@ def seconds_of_a_step(
     kind: str, start: Callable[[ExitStack, int, int, int], Loop], sizes: Sequence[tuple[int, int]]
 ) -> dict[str, float]:
     """Medians, of all sizes in turn."""
-    with ExitStack() as stack:
+    with ExitStack() as stack, long_lived():
         loops = [start(stack, *size, TURNS + 1) for size in sizes]
         seconds = timed_in_turn(TURNS, *(own._pass for own in loops))
     names = [f"{workers} {world} {kind}" for workers, world in sizes]
@@ -213,7 +214,7 @@ def seconds_of_a_step(
 
 def memory_over(steps: int, workers: int = 4, world: int = 2) -> list[int]:
     """Bytes in use after each hundredth step."""
-    with ExitStack() as stack:
+    with ExitStack() as stack, long_lived():
         own = in_process(stack, workers, world, steps)
         seen = []
         for step in range(steps):
