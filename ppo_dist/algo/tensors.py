@@ -56,4 +56,4 @@ def whiten(rows: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         return list(rows)
     variance, mean = torch.var_mean(flat)
     deviation = torch.sqrt(variance) if variance >= MIN_VARIANCE else torch.ones_like(variance)
-    return list(torch.split((flat - mean) / deviation, [len(row) for row in rows]))
+    return list(torch.split(flat.sub_(mean).div_(deviation), [len(row) for row in rows]))
