@@ -17,6 +17,8 @@ import torch.distributed
 from torch._C._distributed_c10d import TCPStore
 from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
 
+from ppo_dist import heap
+
 DeviceKind = Literal["cpu", "cuda"]
 Multiplier = Callable[[torch.Tensor], torch.Tensor]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -29,12 +31,13 @@ def available() -> DeviceKind:
 
 
 def prepare(kind: DeviceKind, threads: int) -> torch.device:
-    """The device of this worker, with its thread count set.
+    """The device of this worker, with its thread count set. What it frees there it keeps.
 
     On a GPU every worker sees its own device alone (CUDA_VISIBLE_DEVICES), so it is number 0.
     """
     torch.set_num_threads(threads)
     if kind == "cpu":
+        heap.keep()
         return torch.device("cpu")
     torch.cuda.set_device(0)
     return torch.device("cuda", 0)
@@ -100,8 +103,10 @@ def pins_memory() -> bool:
 
 
 def free_cache(device: torch.device) -> None:
-    """Gives memory that torch keeps for later back to the device."""
-    if device.type == "cuda":
+    """Gives memory that is kept for later back to the device."""
+    if device.type == "cpu":
+        heap.give_back()
+    else:
         torch.cuda.ipc_collect()  # type: ignore[no-untyped-call]
         torch.cuda.empty_cache()
 

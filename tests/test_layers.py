@@ -8,14 +8,15 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent / "ppo_dist"
-BASE = {"config", "types", "reports", "protocols", "device", "files", "vitals"}
+BASE = {"config", "types", "reports", "protocols", "device", "files", "heap", "vitals"}
 LEAF = {*BASE, "models"}
 ALLOWED = {
     "config": {"config"},
     "types": {"config"},
     "reports": set(),
     "protocols": {"config", "types", "reports"},
-    "device": {"config", "types"},
+    "heap": set(),
+    "device": {"config", "types", "heap"},
     "files": {"config"},
     "vitals": {"device", "reports"},
     "algo": {"algo", "types", "config"},
