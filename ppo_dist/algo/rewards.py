@@ -15,10 +15,12 @@ def penalised_rewards(
     Source: Ziegler et al. 2019, arXiv:1909.08593, eq. 2, spread over tokens as in Ouyang et al.
     2022, arXiv:2203.02155. A row without any masked-in token gets none.
     """
-    mask = mask_BR.to(kl_BR.dtype)
-    is_last_BR = mask_BR & (mask.flip(1).cumsum(1).flip(1) == 1)
-    penalty_BR = torch.where(mask_BR, kl_BR, 0.0) * -kl_coef
-    return penalty_BR + is_last_BR.to(kl_BR.dtype) * scores_B[:, None]
+    rewards_BR = torch.where(mask_BR, kl_BR, 0.0).mul_(-kl_coef)
+    (live_B,) = torch.where(mask_BR.any(1))
+    if len(live_B):
+        last_B = mask_BR.shape[1] - 1 - mask_BR[live_B].flip(1).byte().argmax(1)
+        rewards_BR[live_B, last_B] += scores_B[live_B].to(rewards_BR.dtype)
+    return rewards_BR
 
 
 class RunningScale:

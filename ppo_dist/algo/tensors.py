@@ -15,13 +15,12 @@ MIN_VARIANCE = 1e-12
 
 def pad(rows: Sequence[Floats]) -> tuple[torch.Tensor, torch.Tensor]:
     """(values_BR, mask_BR) in float64: rows of unequal length with zeros at their right."""
-    width = max((len(row) for row in rows), default=0)
-    values_BR = torch.zeros(len(rows), width, dtype=torch.float64)
-    mask_BR = torch.zeros(len(rows), width, dtype=torch.bool)
-    for b, row in enumerate(rows):
-        values_BR[b, : len(row)] = torch.from_numpy(np.asarray(row, dtype=np.float64))
-        mask_BR[b, : len(row)] = True
-    return values_BR, mask_BR
+    lengths_B = torch.tensor([len(row) for row in rows], dtype=torch.int64)
+    width = max(map(len, rows), default=0)
+    values_BR = np.zeros((len(rows), width))
+    for place_R, row in zip(values_BR, rows, strict=True):
+        place_R[: len(row)] = row
+    return torch.from_numpy(values_BR), torch.arange(width) < lengths_B[:, None]
 
 
 def blocks(group_B: Sequence[int], lengths_B: Sequence[int], limit: int) -> list[list[int]]:
