@@ -200,7 +200,7 @@ def _reinforced(
         source=scored.score.source,
         tokens_T=np.concatenate([rollout.prompt.tokens_P, rollout.tokens_R]),
         prompt_tokens=len(rollout.prompt.tokens_P),
-        policy_weight_R=policy_weight_R.astype(np.float32),
+        policy_weight_R=policy_weight_R.astype(np.float32, copy=False),
         value_weight_R=np.full(count, value_weight, np.float32),
         ce_weight_R=np.zeros(count, np.float32),
         advantages_R=advantages_R.numpy().astype(np.float32),

@@ -216,8 +216,8 @@ def _agreement(annotated: Sequence[tuple[Rollout, Annotation]], report: StepRepo
     """How far the policy is from its reference, and the learners from what generated. Where the
     policy was not asked before the first update, that update tells: it meets the same policy.
     """
-    gaps = [np.abs(a.logprobs_R - r.logprobs_R) for r, a in annotated]
-    gap = mean(np.concatenate(gaps) if gaps else [])
+    gaps = [float(np.abs(a.logprobs_R - r.logprobs_R).sum(dtype=np.float64)) for r, a in annotated]
+    gap = _share(sum(gaps), sum(len(r.tokens_R) for r, _ in annotated))
     if gap == 0 and report.updates and report.updates[0].sums.acted:
         gap = report.updates[0].sums.moved / report.updates[0].sums.acted
     return {
@@ -269,7 +269,7 @@ def _explained_variance(sequences: Sequence[TrainSequence]) -> float | None:
     variance = _variance([s.returns_R for s in sequences])
     if variance is None or not variance > 0:
         return None
-    left = [np.subtract(s.returns_R, s.values_R, dtype=np.float64) for s in sequences]
+    left = [s.returns_R - s.values_R for s in sequences]
     return 1 - (_variance(left) or 0.0) / variance
 
 
