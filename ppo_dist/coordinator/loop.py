@@ -86,7 +86,7 @@ class Loop:
         self._config, self._memory, self._parts, self.state = config, memory, parts, state
         self._folder = Path(config.run.dir)
         self._checkpoints = Checkpoints(self._folder, config.train.keep_checkpoints)
-        self._keys = keys(config)
+        self._keys = dict.fromkeys(keys(config))  # in order; thousands, with many workers
         self.watch = Watch(config, parts.tracker, memory.guard)
         self._goes_back = config.semi.guard.rolls_back
         self.pending = pending
