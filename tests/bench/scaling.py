@@ -35,7 +35,7 @@ from tests.bench.work import Found
 
 PROMPT, RESPONSE, EACH = 500, 3500, 4  # tokens; sequences of a rollout worker in a step
 BUDGET = 32_768  # tokens of a micro-batch
-TURNS = 7  # steps of each size
+TURNS = 15  # steps of each size
 
 
 class Writer:
