@@ -275,11 +275,14 @@ def traced(file: Path) -> Iterator[None]:
     profile.export_chrome_trace(str(file))
 
 
-def logits_chunk(hidden_KH: torch.Tensor) -> int:
-    """Positions whose logits are computed at one time. On a CPU they are read again and again:
-    256 of them take a sixth less than 1024 (SmolLM2-135M, forward and backward of the whole model).
+def logits_chunk(weight_VH: torch.Tensor) -> int:
+    """Positions whose logits, in fp32, are computed at one time. On a CPU they are read again and
+    again: 256 of them take a sixth less than 1024 (SmolLM2-135M, forward and backward of the whole
+    model), and as many as need no fresh pages a few hundredths less than that.
     """
-    return 256 if hidden_KH.device.type == "cpu" else 1024
+    if weight_VH.device.type == "cpu":
+        return max(min(256, heap.KEPT // (4 * len(weight_VH))), 1)
+    return 1024
 
 
 def attention_dtype(tensor: torch.Tensor) -> torch.dtype:

@@ -50,7 +50,9 @@ def whiten(rows: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     Call it once on everything that a step learns from. Per rank or per micro-batch it gives other
     signs.
     """
-    flat = torch.cat(list(rows))
+    # by numpy, which takes a large table in huge pages
+    flat = torch.from_numpy(np.empty(sum(map(len, rows)), rows[0].numpy().dtype))
+    torch.cat(list(rows), out=flat)
     if flat.numel() < 2:
         return list(rows)
     variance, mean = torch.var_mean(flat)

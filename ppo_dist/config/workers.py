@@ -141,8 +141,8 @@ class LearnerSection(Section):
     logits_chunk: int | None = Field(
         None,
         ge=1,
-        description="response positions whose logits exist at one time; null: 256 on CPUs, whose "
-        "caches are small, 1024 on GPUs",
+        description="response positions whose logits exist at one time; null: on CPUs, whose "
+        "caches are small, up to 256 (30 MiB of logits), 1024 on GPUs",
     )
     optimizer: AnyOptimizer = Field(AdamW(), description="of policy and critic")
     lr: Scalar = Field(Constant(value=1e-5), description="learning rate of the policy")

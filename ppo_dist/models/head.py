@@ -34,7 +34,7 @@ class Head(nn.Module):
         self, hidden_KH: torch.Tensor, targets_K: torch.Tensor, temperature_K: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(logprobs_K, entropy_K, is_argmax_K), in fp32; the last carries no gradient."""
-        chunk = self._chunk or logits_chunk(hidden_KH)
+        chunk = self._chunk or logits_chunk(self.weight)
         out: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = _Softmax.apply(  # type: ignore[no-untyped-call]
             hidden_KH, self.weight, self.bias, targets_K, temperature_K, chunk
         )

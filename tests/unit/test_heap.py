@@ -13,30 +13,33 @@ import psutil
 import pytest
 import torch
 
-from ppo_dist import device
+from ppo_dist import device, heap
 
 ROOT = Path(__file__).parents[2]
-LARGE = 64 * 2**20  # bytes: more than malloc adapts itself to
-SMALL, PIECES = 2**18, 400  # as the rows of a step are
+LARGE, TENSORS = heap.KEPT, 8  # bytes; as the logits of a chunk are
+SMALL, ROWS = 2**18, 400  # as the rows of a step are
+TIMES = 8
 is_glibc = pytest.mark.skipif(
     not hasattr(ctypes.CDLL(None), "mallopt"), reason="malloc is not glibc's"
 )
 
 
-def large_tensor() -> None:
-    torch.empty(LARGE, dtype=torch.uint8).fill_(1)
+def tensors() -> None:
+    kept = [torch.empty(LARGE, dtype=torch.uint8).fill_(1) for _ in range(TENSORS)]
+    del kept
 
 
-def many_rows() -> None:
-    kept = [bytearray(b"x") * SMALL for _ in range(PIECES)]
+def rows() -> None:
+    kept = [bytearray(b"x") * SMALL for _ in range(ROWS)]
     del kept
 
 
 def faults(work: Callable[[], None]) -> int:
-    """Page faults of a third time."""
-    for _ in range(3):
+    """Page faults of several times, after as many that do not count."""
+    for _ in range(2):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        work()
+        for _ in range(TIMES):
+            work()
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 
@@ -49,30 +52,29 @@ def in_another_process(tell: Callable[[], None]) -> list[int]:
 
 @is_glibc
 def test_what_a_cpu_worker_frees_is_there_for_the_next_time() -> None:
-    large_before, small_before, large, small = in_another_process(tell_faults)
-    assert large < large_before / 20
-    assert small < small_before / 20
+    before, *after = in_another_process(tell_faults)
+    assert max(after) < before / 20
 
 
 def tell_faults() -> None:
-    before = [faults(large_tensor), faults(many_rows)]
+    before = faults(rows)
     device.prepare("cpu", 1)
-    print(*before, faults(large_tensor), faults(many_rows))
+    print(before, faults(rows), faults(tensors))
 
 
 @is_glibc
 def test_what_is_free_can_be_handed_back() -> None:
     kept, left = in_another_process(tell_memory)
-    assert kept > LARGE * 0.9
-    assert left < LARGE * 0.1
+    assert kept > LARGE * TENSORS * 0.9
+    assert left < LARGE * TENSORS * 0.1
 
 
 def tell_memory() -> None:
     where = device.prepare("cpu", 1)
-    large_tensor()  # what torch itself takes at its first
+    tensors()  # what torch itself takes at its first
     device.free_cache(where)
     before = psutil.Process().memory_info().rss
-    large_tensor()
+    tensors()
     kept = psutil.Process().memory_info().rss - before
     device.free_cache(where)
     print(kept, psutil.Process().memory_info().rss - before)
