@@ -278,10 +278,11 @@ def traced(file: Path) -> Iterator[None]:
 def logits_chunk(weight_VH: torch.Tensor) -> int:
     """Positions whose logits, in fp32, are computed at one time. On a CPU they are read again and
     again: 256 of them take a sixth less than 1024 (SmolLM2-135M, forward and backward of the whole
-    model), and as many as need no fresh pages a few hundredths less than that.
+    model), and as many as need no fresh pages a few hundredths less than that. Not fewer than 128:
+    each chunk's backward pass goes through all of the weight's gradient.
     """
     if weight_VH.device.type == "cpu":
-        return max(min(256, heap.KEPT // (4 * len(weight_VH))), 1)
+        return min(max(heap.KEPT // (4 * len(weight_VH)), 128), 256)
     return 1024
 
 

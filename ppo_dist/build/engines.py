@@ -75,7 +75,7 @@ def _vllm(config: Config, model_path: str, kind: DeviceKind, section: VllmEngine
     bucket_bytes = config.transport.bucket_mb * 2**20
     stops = stop_tokens(model_path, tokenizer)
     made = vllm.VllmEngine(llm, tokenizer, stops, bucket_bytes, kind)
-    device.prepare(kind, config.rollout.threads)  # the proof computes in this process
-    lm = load_policy(model_path, device.DTYPES[dtype], trust)
-    prove_loading(made.load, made.scores, lm)
+    where = device.prepare(kind, config.rollout.threads)  # the proof computes in this process
+    prove_loading(made.load, made.scores, load_policy(model_path, device.DTYPES[dtype], trust))
+    device.free_cache(where)
     return made

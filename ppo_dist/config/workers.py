@@ -142,7 +142,7 @@ class LearnerSection(Section):
         None,
         ge=1,
         description="response positions whose logits exist at one time; null: on CPUs, whose "
-        "caches are small, up to 256 (30 MiB of logits), 1024 on GPUs",
+        "caches are small, 128 to 256 (30 MiB of logits), 1024 on GPUs",
     )
     optimizer: AnyOptimizer = Field(AdamW(), description="of policy and critic")
     lr: Scalar = Field(Constant(value=1e-5), description="learning rate of the policy")

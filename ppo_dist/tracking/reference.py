@@ -103,7 +103,7 @@ MEANINGS = {
     "timing_s/idle_learner": "learners with nothing to do, mean",
     "system/WORKER/busy_s": "seconds at work",
     "system/WORKER/cores": "CPU cores in use on average",
-    "system/WORKER/memory_gb": "memory",
+    "system/WORKER/memory_gb": "memory; on a CPU with what it keeps of what it has freed",
     "system/WORKER/gpu_memory_gb": "most of a GPU's memory that it had; null on a CPU",
 }
 

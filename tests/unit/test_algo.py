@@ -147,6 +147,16 @@ def test_a_penalty_on_the_last_token_adds_to_the_score() -> None:
     close(rewards, table([-0.125, 0.5]))
 
 
+def test_a_score_that_is_not_finite_stays_at_one_token() -> None:
+    rewards = penalised_rewards(table([math.inf])[0], table([0.5, 2.0]), live("xx"), 0.0)
+    assert rewards.tolist() == [[0.0, math.inf]]
+
+
+def test_responses_without_tokens_have_no_rewards() -> None:
+    nothing = torch.zeros(2, 0, dtype=torch.float64)
+    assert penalised_rewards(table([1.0, 2.0])[0], nothing, nothing.bool(), 0.1).shape == (2, 0)
+
+
 def test_whiten_gives_mean_zero_and_unbiased_variance_one_over_all_rows() -> None:
     rows = whiten([table([1.0, 2.0, 3.0])[0], table([6.0])[0]])
     flat = torch.cat(rows)

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from ppo_dist import device, heap
+from ppo_dist.cluster.driver import long_lived
 
 ROOT = Path(__file__).parents[2]
 LARGE, TENSORS = heap.KEPT, 8  # bytes; as the logits of a chunk are
@@ -63,6 +64,18 @@ def tell_faults() -> None:
 
 
 @is_glibc
+def test_the_driver_keeps_what_a_step_frees() -> None:
+    before, after = in_another_process(tell_drivers_faults)
+    assert after < before / 20
+
+
+def tell_drivers_faults() -> None:
+    before = faults(rows)
+    with long_lived():
+        print(before, faults(rows))
+
+
+@is_glibc
 def test_what_is_free_can_be_handed_back() -> None:
     kept, left = in_another_process(tell_memory)
     assert kept > LARGE * TENSORS * 0.9
@@ -78,3 +91,10 @@ def tell_memory() -> None:
     kept = psutil.Process().memory_info().rss - before
     device.free_cache(where)
     print(kept, psutil.Process().memory_info().rss - before)
+
+
+@pytest.mark.parametrize(("vocabulary", "positions"), [(100, 256), (49_152, 160), (10**6, 128)])
+def test_logits_of_a_chunk_are_kept_where_that_leaves_it_large_enough(
+    vocabulary: int, positions: int
+) -> None:
+    assert device.logits_chunk(torch.empty(vocabulary, 1)) == positions
