@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import functools
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -73,6 +74,7 @@ sys.addaudithook(_audit)
 
 @contextlib.contextmanager
 def only_in(folder: Path) -> Iterator[None]:
+    gc.collect()  # folders that tests before left to the collector go now
     violations.clear()
     watched.append(folder.resolve())
     try:
