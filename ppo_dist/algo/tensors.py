@@ -51,8 +51,7 @@ def whiten(rows: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     signs.
     """
     # by numpy, which takes a large table in huge pages
-    flat = torch.from_numpy(np.empty(sum(map(len, rows)), rows[0].numpy().dtype))
-    torch.cat(list(rows), out=flat)
+    flat = torch.from_numpy(np.concatenate([row.numpy() for row in rows]))
     if flat.numel() < 2:
         return list(rows)
     variance, mean = torch.var_mean(flat)
