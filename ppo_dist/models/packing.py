@@ -17,7 +17,7 @@ from transformers import PretrainedConfig
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
-from ppo_dist.device import attention_dtype
+from ppo_dist.models.attention import causal
 from ppo_dist.types import Shapes
 
 ATTENTION = "ppo_dist_packed"
@@ -54,11 +54,17 @@ def attend(
     for name in ("softcap", "s_aux", "position_bias"):
         if others.get(name) is not None:
             raise ValueError(f"attention with {name} is not supported")
-    grouped = key.shape[1] != query.shape[1]
     if packing is None:
-        causal = attention_mask is None and query.shape[2] > 1
+        grouped = key.shape[1] != query.shape[1]
+        is_causal = attention_mask is None and query.shape[2] > 1
         out = F.scaled_dot_product_attention(
-            query, key, value, attention_mask, is_causal=causal, scale=scaling, enable_gqa=grouped
+            query,
+            key,
+            value,
+            attention_mask,
+            is_causal=is_causal,
+            scale=scaling,
+            enable_gqa=grouped,
         )
         return out.transpose(1, 2).contiguous(), None
     longest = max(width for _, width in packing.shapes)
@@ -69,8 +75,7 @@ def attend(
         )
 
     def gathered(row: torch.Tensor) -> list[torch.Tensor]:
-        tokens = row[0].transpose(0, 1).to(attention_dtype(row))
-        picked = tokens.index_select(0, packing.slots_N)
+        picked = row[0].transpose(0, 1).index_select(0, packing.slots_N)
         parts = torch.split(picked, [rows * width for rows, width in packing.shapes])
         return [
             part.view(*shape, *part.shape[1:]).transpose(1, 2)
@@ -78,13 +83,10 @@ def attend(
         ]
 
     outs = [
-        F.scaled_dot_product_attention(*tables, is_causal=True, scale=scaling, enable_gqa=grouped)
-        .transpose(1, 2)
-        .flatten(0, 1)
+        causal(*tables, scaling).transpose(1, 2).flatten(0, 1)
         for tables in zip(gathered(query), gathered(key), gathered(value), strict=True)
     ]
-    scattered = torch.cat(outs).index_select(0, packing.home_S)
-    return scattered[None].to(query.dtype), None
+    return torch.cat(outs).index_select(0, packing.home_S)[None], None
 
 
 def no_mask(row: torch.Tensor) -> torch.Tensor:
