@@ -136,7 +136,10 @@ class LearnerSection(Section):
         "passes after a minute's compiling; needs a C++ compiler, on GPUs Triton",
     )
     micro_batch_tokens: int = Field(
-        4096, ge=1, description="tokens packed into one forward pass (one longer sequence may pass)"
+        4096,
+        ge=1,
+        description="tokens packed into one forward and backward pass (one longer sequence may "
+        "pass); four times as many into a pass that annotates, which keeps no activations",
     )
     logits_chunk: int | None = Field(
         None,

@@ -28,6 +28,7 @@ from ppo_dist.types import (
 
 R = TypeVar("R")
 SEEN_WITHIN_S = 60.0  # what another machine wrote to a network disk
+ANNOTATED = 4  # micro-batches' tokens in a pass that keeps nothing for a backward one
 
 
 class Ranks(Protocol):
@@ -68,7 +69,8 @@ class Learners:
     ) -> list[Annotation]:
         """See LearnerGroup."""
         rows = [_asked(response) for response in responses]
-        parts = shares([row[:2] for row in rows], self._ranks.world, self._budget)
+        budget = ANNOTATED * self._budget
+        parts = shares([row[:2] for row in rows], self._ranks.world, budget)
         work = [([[rows[i] for i in members] for members in part], imitation) for part in parts]
         answers = self._ranks.call(LearnerWorker.annotate, work)
         by_index: dict[int, Annotation] = {}

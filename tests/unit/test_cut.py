@@ -20,11 +20,11 @@ from ppo_dist.data.batching import pack
 from ppo_dist.learner import group
 from ppo_dist.learner.group import Learners
 from ppo_dist.learner.losses import Tensors, policy_loss, value_loss
-from ppo_dist.learner.worker import LearnerWorker, UpdateShard
+from ppo_dist.learner.worker import Asked, LearnerWorker, UpdateShard
 from ppo_dist.models.critic import CriticModel, load_critic
 from ppo_dist.models.policy import PolicyModel, load_policy
 from ppo_dist.reports import Coefficients, StepReport, TermSums, UpdateReport
-from ppo_dist.types import TrainSequence
+from ppo_dist.types import Annotation, Prompt, Rollout, TrainSequence
 
 COEFFICIENTS = Coefficients(
     policy=0.7, value=0.5, mu=0.3, kl=0.2, entropy=0.1, lr=0.1, critic_lr=0.1
@@ -223,3 +223,41 @@ def test_a_checkpoint_that_lacks_a_rank_is_none(
     for rank in (0, 2):
         (tmp_path / f"random-{rank}.safetensors").touch()
     Learners(OnDisksOfTheirOwn(), 100).save(checkpoint=tmp_path)
+
+
+class Counting:
+    """Ranks that annotate a token with itself, and remember how many each pass had."""
+
+    world = 2
+
+    def __init__(self) -> None:
+        self.tokens: list[list[int]] = []  # by rank and pass
+
+    def call(self, method: Callable[..., Any], args: Sequence[tuple[Any, ...]]) -> list[Any]:
+        assert method is LearnerWorker.annotate
+        self.tokens = [[sum(len(a.tokens_T) for a in rows) for rows in shard] for shard, _ in args]
+        return [[[self._echo(a) for a in rows] for rows in shard] for shard, _ in args]
+
+    def _echo(self, asked: Asked) -> Annotation:
+        own = asked.tokens_T[asked.prompt_tokens :].astype(np.float32)
+        return Annotation(own, own, own, 0.0)
+
+
+def test_passes_without_gradients_are_larger() -> None:
+    responses = [
+        Rollout(
+            Prompt(f"p:{n}", "verifiable", "", np.array([n, n])),
+            0,
+            np.full(8, n),
+            np.zeros(8, np.float32),
+            "",
+            "eos",
+            0,
+        )
+        for n in range(24)
+    ]
+    ranks = Counting()
+    answers = Learners(ranks, 20).annotate(responses)
+    assert [a.logprobs_R.tolist() for a in answers] == [[float(n)] * 8 for n in range(24)]
+    # 240 tokens: 120 a rank, in passes of at most 4 × 20
+    assert ranks.tokens == [[60, 60], [60, 60]]
