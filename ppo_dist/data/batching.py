@@ -72,12 +72,16 @@ def units(rows: Sequence[tuple[Ints, int]], budget: int) -> tuple[list[list[int]
     return members, lengths
 
 
-def shares(rows: Sequence[tuple[Ints, int]], ranks: int, budget: int) -> list[list[list[int]]]:
-    """Indices of rows by rank and micro-batch: `shares(...)[rank][micro_batch]`; see `cut`."""
+def shares(
+    rows: Sequence[tuple[Ints, int]], ranks: int, budget: int, times: int = 1
+) -> list[list[list[int]]]:
+    """Indices of rows by rank and micro-batch: `shares(...)[rank][micro_batch]`; see `cut`. With
+    `times` micro-batches are larger, but not what stays together in one.
+    """
     members, lengths = units(rows, budget)
     return [
         [[i for unit in micro_batch for i in members[unit]] for micro_batch in share]
-        for share in cut(lengths, ranks, budget)
+        for share in cut(lengths, ranks, times * budget)
     ]
 
 

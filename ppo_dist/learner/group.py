@@ -69,8 +69,8 @@ class Learners:
     ) -> list[Annotation]:
         """See LearnerGroup."""
         rows = [_asked(response) for response in responses]
-        budget = ANNOTATED * self._budget
-        parts = shares([row[:2] for row in rows], self._ranks.world, budget)
+        asked = [row[:2] for row in rows]
+        parts = shares(asked, self._ranks.world, self._budget, ANNOTATED)
         work = [([[rows[i] for i in members] for members in part], imitation) for part in parts]
         answers = self._ranks.call(LearnerWorker.annotate, work)
         by_index: dict[int, Annotation] = {}

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ppo_dist.device import attention_dtype
+from ppo_dist.device import attends_by_products, attention_dtype
+
+TABLE = 1 << 21
+"""Scores that exist at one time at most, as long as those of one sequence's heads that share keys
+fit: a cache holds them, and memory does not grow with tokens × tokens × sequences.
+"""
 
 
 def causal(
@@ -18,10 +24,9 @@ def causal(
     """softmax(scale·Q·Kᵀ)·V, where a token sees those up to itself: (sequences, heads, tokens, head
     dimension) to the same. Keys and values may have fewer heads, each for as many queries' heads.
     """
-    dtype = attention_dtype(query)
-    if dtype is None:
-        return by_products(query, key, value, scale)
-    queries, keys, values = (table.to(dtype) for table in (query, key, value))
+    if attends_by_products(query):
+        return by_products(query, key.to(query.dtype), value.to(query.dtype), scale)
+    queries, keys, values = (table.to(attention_dtype(query)) for table in (query, key, value))
     grouped = key.shape[1] != query.shape[1]
     out = F.scaled_dot_product_attention(
         queries, keys, values, is_causal=True, scale=scale, enable_gqa=grouped
@@ -32,14 +37,16 @@ def causal(
 def by_products(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None
 ) -> torch.Tensor:
-    """The same; the queries of all heads that share keys are one matrix."""
+    """The same; the queries of all heads that share keys are one matrix. Scores, weights and their
+    gradients are rounded to the inputs' format.
+    """
     rows, heads, tokens, size = query.shape
     shared = key.shape[1]
     grouped = query.reshape(rows * shared, heads // shared * tokens, size)
-    keys, values = (table.reshape(rows * shared, tokens, size) for table in (key, value))
+    keys, values = (table.reshape(rows * shared, tokens, -1) for table in (key, value))
     scale = size**-0.5 if scale is None else scale
     out: torch.Tensor = _Products.apply(grouped, keys, values, scale)  # type: ignore[no-untyped-call]
-    return out.reshape(rows, heads, tokens, size)
+    return out.reshape(rows, heads, tokens, -1)
 
 
 class _Products(torch.autograd.Function):
@@ -51,19 +58,32 @@ class _Products(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(query, key, value)
         ctx.scale = scale
-        return torch.bmm(_weights(query, key, scale), value)
+        out = query.new_empty(*query.shape[:2], value.shape[2])
+        for o, q, k, v in _parts(key.shape[1], out, query, key, value):
+            torch.bmm(_weights(q, k, scale), v, out=o)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value = ctx.saved_tensors
-        weights = _weights(query, key, ctx.scale)
-        d_weights = torch.bmm(d_out, value.mT)
-        # of a softmax: dS = P∘(dP − Σ P∘dP)
-        d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
-        d_scores.mul_(ctx.scale)
-        d_query, d_key = torch.bmm(d_scores, key), torch.bmm(d_scores.mT, query)
-        return d_query, d_key, torch.bmm(weights.mT, d_out), None
+        made = d_query, d_key, d_value = tuple(map(torch.empty_like, (query, key, value)))
+        for q, k, v, do, dq, dk, dv in _parts(key.shape[1], query, key, value, d_out, *made):
+            weights = _weights(q, k, ctx.scale)
+            torch.bmm(weights.mT, do, out=dv)
+            # of a softmax: dS = P∘(dP − Σ P∘dP)
+            d_weights = torch.bmm(do, v.mT)
+            d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
+            d_scores.mul_(ctx.scale)
+            torch.bmm(d_scores, k, out=dq)
+            torch.bmm(d_scores.mT, q, out=dk)
+        return d_query, d_key, d_value, None
+
+
+def _parts(tokens: int, *tables: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """As many rows at a time as have TABLE scores; `tables[0]` is of queries."""
+    at_a_time = max(TABLE // (tables[0].shape[1] * tokens), 1)
+    return zip(*(torch.split(table, at_a_time) for table in tables), strict=True)
 
 
 def _weights(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:

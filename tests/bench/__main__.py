@@ -157,10 +157,10 @@ def main() -> None:
         sys.exit(f"{asked.model}: no such model folder (ppo-dist fetch smollm2-135m {asked.model})")
     import torch
 
-    from tests.bench.machine import gemm
+    from tests.bench.machine import faster, gemm
 
     torch.set_num_threads(asked.threads)
-    dtype = asked.dtype or max(("fp32", "bf16"), key=lambda dtype: gemm(dtype, total=1e9))
+    dtype = asked.dtype or faster("fp32", "bf16")
     how = f"{asked.threads} threads, {dtype}{', learner.compile' if asked.compile else ''}"
     print(how, flush=True)
     bench = Bench(asked.model.resolve(), asked.out.resolve(), asked.threads, dtype, asked.compile)

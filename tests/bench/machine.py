@@ -18,9 +18,15 @@ LAYER, LARGE = (512, 1024, 1024), (2048, 2048, 2048)
 WORK = 1e11  # about as many FLOPs are measured at one time
 
 
-def gemm(dtype: str, total: float = WORK) -> float:
+def gemm(dtype: str) -> float:
     """GFLOP/s of a matrix product as a small model has it: what the machine can do."""
-    return rate(timed(products(dtype, LAYER, total), 1), LAYER, total)
+    return rate(timed(products(dtype, LAYER), 1), LAYER)
+
+
+def faster(*dtypes: str) -> str:
+    """The number format in which such a product takes least."""
+    seconds = timed_in_turn(5, *(products(dtype, LAYER, 1e9) for dtype in dtypes))
+    return min(zip(seconds, dtypes, strict=True))[1]
 
 
 def rate(seconds: float, shape: Shape, total: float = WORK) -> float:

@@ -243,21 +243,29 @@ class Counting:
         return Annotation(own, own, own, 0.0)
 
 
-def test_passes_without_gradients_are_larger() -> None:
-    responses = [
-        Rollout(
-            Prompt(f"p:{n}", "verifiable", "", np.array([n, n])),
-            0,
-            np.full(8, n),
-            np.zeros(8, np.float32),
-            "",
-            "eos",
-            0,
-        )
-        for n in range(24)
+def responses(prompts: int, each: int) -> list[Rollout]:
+    """Of 8 tokens each, all of one number, to prompts of 2."""
+    asked = [Prompt(f"p:{n}", "verifiable", "", np.array([n, n])) for n in range(prompts)]
+    nothing = np.zeros(8, np.float32)
+    return [
+        Rollout(asked[n // each], n % each, np.full(8, n), nothing, "", "eos", 0)
+        for n in range(prompts * each)
     ]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "passes"), [(32, [[80, 80], [80, 80]]), (40, [[70, 70, 60], [70, 70, 60]])]
+)
+def test_passes_without_gradients_are_of_four_micro_batches(
+    prompts: int, passes: list[list[int]]
+) -> None:
     ranks = Counting()
-    answers = Learners(ranks, 20).annotate(responses)
-    assert [a.logprobs_R.tolist() for a in answers] == [[float(n)] * 8 for n in range(24)]
-    # 240 tokens: 120 a rank, in passes of at most 4 × 20
-    assert ranks.tokens == [[60, 60], [60, 60]]
+    answers = Learners(ranks, 20).annotate(responses(prompts, 1))
+    assert [a.logprobs_R.tolist() for a in answers] == [[float(n)] * 8 for n in range(prompts)]
+    assert ranks.tokens == passes
+
+
+def test_many_responses_to_one_prompt_are_annotated_by_all_ranks() -> None:
+    ranks = Counting()
+    Learners(ranks, 50).annotate(responses(1, 12))
+    assert ranks.tokens == [[60], [60]]

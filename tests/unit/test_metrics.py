@@ -205,6 +205,25 @@ def test_explained_variance(
     assert got == (explained if explained is None else pytest.approx(explained))
 
 
+@pytest.mark.parametrize("lengths", [(1, 0, 5, 3), (4, 1), (2, 2, 2)])
+def test_variances_are_of_all_values_of_rows_of_any_length(lengths: tuple[int, ...]) -> None:
+    numbers = [10.0 + np.random.default_rng(n).normal(size=n + 1)[:n] * n for n in lengths]
+    made = [sequence(list(row), list(0.5 * row)) for row in numbers]
+    row = step_row(PLAN, COEFFICIENTS, 0, [], [], made, REPORT)
+    returns = np.concatenate([s.returns_R for s in made]).astype(np.float64)
+    left = returns - np.concatenate([s.values_R for s in made])
+    explained = 1 - np.var(left) / np.var(returns)
+    assert row["critic/explained_variance"] == pytest.approx(explained, rel=1e-5)
+    advantages = np.concatenate([s.advantages_R for s in made])
+    assert row["objective/advantage_std"] == pytest.approx(float(np.std(advantages)), rel=1e-5)
+
+
+def test_equal_values_do_not_vary_at_all() -> None:
+    made = [sequence([0.1] * n, [0.3] * n) for n in (1, 7, 3)]
+    row = step_row(PLAN, COEFFICIENTS, 0, [], [], made, REPORT)
+    assert row["critic/explained_variance"] is None
+
+
 def test_evaluation() -> None:
     greedy = [scored("labelled", r, 1) for r in (1.0, 0.5, 1.5, 0.0)]
     row = evaluation_row("test", greedy, [scored("labelled", 1.0, 1)], nll=0.25, dropped=2.0)
