@@ -16,14 +16,14 @@ from typing import Any, TypeVar
 
 from ppo_dist import device
 from ppo_dist.build.engines import engine
-from ppo_dist.build.parts import reward_source
+from ppo_dist.build.parts import reward_source, traces
 from ppo_dist.config import Config, InputError, reward_models
 from ppo_dist.config.reward import ModelReward
 from ppo_dist.learner.group import InProcess, Ranks
 from ppo_dist.learner.worker import LearnerWorker, Seat, cannot_compile
 from ppo_dist.protocols import Rewards, RolloutEngine, RolloutPool
 from ppo_dist.reports import Vitals
-from ppo_dist.rewards.model import ModelScores, RewardModel
+from ppo_dist.rewards.model import ModelScores, RewardModel, Traces
 from ppo_dist.rollout.pool import Pool
 from ppo_dist.rollout.worker import RolloutWorker
 from ppo_dist.transport.memory import MemoryReceiver, MemorySender
@@ -118,12 +118,13 @@ def rollout_pool(config: Config, model_path: str) -> Iterator[tuple[RolloutPool,
 
 
 def _rewards(config: Config, model_path: str, kind: device.DeviceKind) -> Rewards:
-    def made(section: ModelReward) -> ModelScores:
+    def made(section: ModelReward, own: Traces) -> ModelScores:
         run = InTurn(kind, section.threads)
-        model = RewardModel(section, model_path, kind)
+        model = RewardModel(section, model_path, kind, own)
         return ModelScores(section, lambda shares: [run(model.judge, share) for share in shares])
 
-    return reward_source(config, {section: made(section) for section in reward_models(config)})
+    pairs = zip(reward_models(config), traces(config), strict=True)  # a worker each
+    return reward_source(config, {section: made(section, own) for section, own in pairs})
 
 
 def _device(config: Config) -> device.DeviceKind:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from ppo_dist.config import ORIGINS, Config, InputError, RunError, remote_rewards
+from ppo_dist.config import ORIGINS, Config, InputError, RunError, remote_rewards, reward_models
 from ppo_dist.config.algorithm import AnyAdvantage, Gae, GroupMean, ReinforcePlusPlus, Rloo
 from ppo_dist.config.reward import (
     AnyReward,
@@ -24,7 +25,7 @@ from ppo_dist.config.semi import AllGate, AnyGate, ConfidenceGate, TrajectoryGat
 from ppo_dist.protocols import AdvantageEstimator, Gate, Rewards, RewardSource
 
 if TYPE_CHECKING:
-    from ppo_dist.rewards.model import ModelScores
+    from ppo_dist.rewards.model import ModelScores, Traces
 
 Models = Mapping[ModelReward, "ModelScores"]
 
@@ -39,6 +40,15 @@ def reward_source(config: Config, models: Models | None = None) -> Rewards:
     made = {o: _reward(sections[o], on_error, models) for o in ORIGINS if sections[o] is not None}
     asked = [model.vitals for model in (models or {}).values()]
     return ByOrigin({o: source for o, source in made.items() if source is not None}, asked)
+
+
+def traces(config: Config) -> list[Traces]:
+    """What the workers of all reward models write, in order."""
+    from ppo_dist.rewards.model import Traces
+
+    count = sum(section.workers for section in reward_models(config))
+    folder, calls = Path(config.run.dir) / "profile", config.train.profile_steps
+    return [Traces(folder, number, calls) for number in range(count)]
 
 
 def _reward(

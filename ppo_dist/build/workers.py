@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from ppo_dist.build import transports
 from ppo_dist.build.data import absolute
 from ppo_dist.build.engines import engine
-from ppo_dist.build.parts import reward_source
+from ppo_dist.build.parts import reward_source, traces
 from ppo_dist.config import Config, reward_models
 from ppo_dist.config.workers import Cluster
 from ppo_dist.protocols import LearnerGroup, Rewards, RolloutPool
@@ -168,10 +168,11 @@ def _remote_rewards(config: Config, model_path: str, places: Sequence[Places]) -
     from ppo_dist.cluster.judges import Judges
     from ppo_dist.rewards.model import ModelScores
 
-    made = {}
+    made, left = {}, traces(config)
     for section, own in zip(reward_models(config), places, strict=True):
         there = section.model_copy(update={"path": absolute(section.path)})
-        judges = Judges(there, model_path, own, config.cluster, _events(config))
+        of_workers, left = left[: section.workers], left[section.workers :]
+        judges = Judges(there, model_path, own, config.cluster, _events(config), of_workers)
         made[section] = ModelScores(section, judges)
     return reward_source(config, made)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
@@ -16,7 +16,7 @@ from ppo_dist.cluster.session import Places
 from ppo_dist.config import RunError
 from ppo_dist.config.reward import ModelReward
 from ppo_dist.config.workers import Cluster
-from ppo_dist.rewards.model import Exchange, Judgement, RewardModel
+from ppo_dist.rewards.model import Exchange, Judgement, RewardModel, Traces
 from ppo_dist.rollout.health import Restarts
 
 
@@ -32,10 +32,11 @@ class Judges:
         places: Places,
         limits: Cluster,
         note: Callable[..., None],
+        traces: Sequence[Traces],
     ) -> None:
-        """`note` hears of failures."""
+        """`note` hears of failures; `traces` are the workers'."""
         self._section, self._policy_path, self._places = section, policy_path, places
-        self._note = note
+        self._note, self._traces = note, traces
         self._restarts = [Restarts(limits) for _ in places.slots]
         self._actors = [self._new(number) for number in range(len(places.slots))]
 
@@ -56,7 +57,7 @@ class Judges:
         return (
             ray.remote(RewardModel)
             .options(**options)
-            .remote(self._section, self._policy_path, device)
+            .remote(self._section, self._policy_path, device, self._traces[number])
         )
 
     def _answer(self, number: int, answer: ray.ObjectRef, share: list[list[Exchange]]) -> Judgement:

@@ -82,7 +82,8 @@ class Train(Section):
         0,
         ge=0,
         description="steps, after the first, of which every learner and rollout worker writes "
-        "torch traces into the run folder's profile/ (for Perfetto or chrome://tracing)",
+        "torch traces into the run folder's profile/ (for Perfetto or chrome://tracing), and every "
+        "reward model's worker of as many calls",
     )
     max_skipped_updates: int = Field(
         3, ge=1, description="so many updates in a row with a gradient that is not finite stop it"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -32,6 +34,25 @@ class Exchange:
     response_R: Ints
     prompt: str
     response: str
+
+
+@dataclass(frozen=True)
+class Traces:
+    """Where worker `number` (all models' workers are counted) writes torch traces, of as many calls
+    after its first.
+
+    Example: Traces(folder=Path("runs/sums/profile"), number=0, calls=2)
+    """
+
+    folder: Path
+    number: int
+    calls: int
+
+    def of(self, call: int) -> contextlib.AbstractContextManager[None]:
+        """Around a call."""
+        if not 1 <= call <= self.calls:
+            return contextlib.nullcontext()
+        return device.traced(self.folder / f"reward-{self.number}-{call}.json")
 
 
 Judgement = tuple[list[list[float]], Vitals]  # numbers by batch, and what the worker took for them
@@ -82,11 +103,14 @@ class RewardModel:
     (prompt, response) pairs.
     """
 
-    def __init__(self, section: ModelReward, policy_path: str, kind: device.DeviceKind) -> None:
+    def __init__(
+        self, section: ModelReward, policy_path: str, kind: device.DeviceKind, traces: Traces
+    ) -> None:
         """
         Raises:
             ValueError: the model has not exactly one output.
         """
+        self._traces, self._calls = traces, 0
         self._device, self._pulse = device.prepare(kind, section.threads), Pulse()
         self._tokenizer = AutoTokenizer.from_pretrained(section.path, trust_remote_code=False)
         policy = AutoTokenizer.from_pretrained(policy_path, trust_remote_code=False)
@@ -111,7 +135,9 @@ class RewardModel:
         """The number of each exchange, batch by batch, and what they took."""
         begin = time.perf_counter()
         read = self._packed if self._head is not None else self._padded
-        values = [read(batch) for batch in batches]
+        with self._traces.of(self._calls):
+            values = [read(batch) for batch in batches]
+        self._calls += 1
         self._pulse.add(time.perf_counter() - begin)
         return values, self._pulse.vitals()
 

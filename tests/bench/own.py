@@ -88,6 +88,9 @@ def run(raw: dict[str, Any], keep: Path) -> Found:
         more[f"idle {name}"] = statistics.median(row[f"perf/idle_{name}_share"] for row in rows)
     for name, what in (("rollouts", seen.rollouts), ("training sequences", seen.updates)):
         more[f"bytes of {name}"] = len(pickle.dumps(what))
+    if seen.rollouts:  # what is saved at the end is what was published, to the one worker
+        saved = (Path(config.run.dir) / "policy").glob("*.safetensors")
+        more["bytes of weights"] = sum(file.stat().st_size for file in saved)
     return Found(seconds, tokens, watch.peak, more)
 
 

@@ -10,7 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from tests.bench.work import Found
+from tests.bench.work import EACH, Found
 
 BESIDE = ("score", "annotate", "publish")  # what is neither generating nor learning
 STAGES = ("generate", *BESIDE, "update", "step")
@@ -125,8 +125,11 @@ def supervised(found: dict[str, Found]) -> str:
 
 def scaling(found: Found) -> str:
     """W5."""
-    lines = ["### W5", "", "| workers, learners | seconds of the coordinator a step |", "|---|---|"]
-    lines += [f"| {name} | {seconds:.2f} |" for name, seconds in found.more.items()]
+    lines = ["### W5", "", "| workers, learners | coordinator, s a step | ms a sequence |"]
+    lines.append("|---|---|---|")
+    for name, seconds in found.more.items():
+        each = 1000 * seconds / (EACH * int(name.split()[0]))
+        lines.append(f"| {name} | {seconds:.4f} | {each:.3f} |")
     first, last = found.peak.values()
     lines += ["", f"* the driver's memory: {first / 1e6:.0f} MB after 100 steps, {last / 1e6:.0f} "]
     lines[-1] += "after 1,000"
@@ -138,7 +141,7 @@ def plot(found: Found, out: Path) -> None:
     figure, axis = plt.subplots(figsize=(5, 3.6))
     for kind, label in (("in process", "workers in its process"), ("actors", "Ray actors")):
         points = [(name.split()[0], s) for name, s in found.more.items() if name.endswith(kind)]
-        sequences = [4 * int(workers) for workers, _ in points]
+        sequences = [EACH * int(workers) for workers, _ in points]
         axis.loglog(sequences, [seconds for _, seconds in points], marker="o", label=label)
     count, seconds = sequences[-1], points[-1][1]
     axis.loglog(

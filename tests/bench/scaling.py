@@ -31,9 +31,9 @@ from ppo_dist.rollout.pool import Pool
 from ppo_dist.transport.store import StoreReceiver
 from ppo_dist.types import Annotation, Chunk, Prompt, Rollout, Score, Weights
 from tests.bench.machine import timed_in_turn
-from tests.bench.work import Found
+from tests.bench.work import EACH, Found
 
-PROMPT, RESPONSE, EACH = 500, 3500, 4  # tokens; sequences of a rollout worker in a step
+PROMPT, RESPONSE = 500, 3500  # tokens
 BUDGET = 32_768  # tokens of a micro-batch
 TURNS = 15  # steps of each size
 

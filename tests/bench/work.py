@@ -43,6 +43,7 @@ W2 = Work("W2", prompts=8, responses=4, max_new_tokens=256, iterations=2)
 # in fp32, as the quick start is
 W3 = Work("W3", prompts=256, responses=1, max_new_tokens=16, iterations=12, dtype="fp32")
 W4 = Work("W4", prompts=0, responses=1, max_new_tokens=1, iterations=3)
+EACH = 4  # W5: sequences of a rollout worker in a step
 KL = 0.05  # its coefficient in the reward
 LR = 1e-6
 WARM_UP = 4  # one in so many prompts is in the iteration that does not count

@@ -26,6 +26,7 @@ def test_two_workers_give_what_one_process_gives(
     expected = scores_of(path, base).score(rollouts(base))
     model = {"kind": "model", "path": str(path), "workers": 2, "batch_tokens": 16}
     raw = raw_config(tmp_path, reward={"verifiable": model}, cluster={"kind": "ray", "restarts": 1})
+    raw["train"]["profile_steps"] = 1
     made: list[judges.Judges] = []
     start = judges.Judges.__init__
 
@@ -43,6 +44,8 @@ def test_two_workers_give_what_one_process_gives(
         assert [*told] == [0, 1] and all(each.busy_s > 0 and each.memory for each in told.values())
         ray.kill(own._actors[1])
         assert source.score(rollouts(base)) == found, "it is asked again in its new process"
+        traces = [file.name for file in (tmp_path / "profile").iterdir()]
+        assert traces == ["reward-0-1.json"], "the new process has had one call"
         ray.kill(own._actors[1])
         with pytest.raises(RunError, match=r"the reward model .*rm failed"):
             source.score(rollouts(base))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from ppo_dist import build
 from ppo_dist.config import Config, InputError, reward_models
 from ppo_dist.config.reward import ModelReward
 from ppo_dist.reports import Vitals
-from ppo_dist.rewards.model import ModelScores, RewardModel
+from ppo_dist.rewards.model import ModelScores, RewardModel, Traces
 from ppo_dist.types import Prompt, Rollout
 from tests.conftest import raw_config
 from tests.contract import suites
@@ -73,7 +74,7 @@ def rollouts(base: Path) -> list[Rollout]:
 
 def scores_of(path: Path, base: Path, **section: Any) -> ModelScores:
     made = ModelReward(kind="model", path=str(path), **section)
-    model = RewardModel(made, str(base), "cpu")
+    model = RewardModel(made, str(base), "cpu", Traces(path.parent / "profile", 3, calls=1))
     return ModelScores(made, lambda shares: [model.judge(share) for share in shares])
 
 
@@ -91,6 +92,16 @@ def test_a_causal_model_reads_packed_rows(
             alone = float(model.score(trunk.last_hidden_state[0, -1]))
         assert score.value == pytest.approx(alone, abs=1e-5) and score.source == "model"
     assert len({round(score.value, 4) for score in found}) == len(found), "they tell them apart"
+
+
+def test_the_call_after_the_first_is_traced(tmp_path: Path, tiny_model: Path) -> None:
+    source = scores_of(classifier(tmp_path / "rm", tiny_model), tiny_model)
+    for _ in range(3):
+        source.score(rollouts(tiny_model))
+    (file,) = (tmp_path / "profile").iterdir()
+    assert file.name == "reward-3-1.json"
+    names = {event.get("name") for event in json.loads(file.read_text())["traceEvents"]}
+    assert "aten::mm" in names
 
 
 def test_other_models_read_text(tmp_path: Path, tiny_models: dict[str, Path]) -> None:
