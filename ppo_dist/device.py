@@ -298,7 +298,8 @@ def attends_by_products(query: torch.Tensor) -> bool:
     """
     if query.device.type != "cpu" or query.dtype != torch.bfloat16 or query.shape[2] > 500:
         return False
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return has_onednn and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def tell_deepspeed() -> None:
