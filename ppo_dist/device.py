@@ -296,10 +296,8 @@ def attends_by_products(query: torch.Tensor) -> bool:
     """Whether plain products in bf16 are faster than that kernel over (sequences, heads, tokens,
     head dimension): on AVX512-BF16 by half at 100 tokens, and not at all at 500.
     """
-    if query.device.type != "cpu" or query.dtype != torch.bfloat16 or query.shape[2] > 500:
-        return False
-    has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return has_onednn and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    is_short = query.dtype == torch.bfloat16 and query.shape[2] <= 500
+    return is_short and query.device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
 def tell_deepspeed() -> None:

@@ -18,7 +18,7 @@ fit: a cache holds them, and memory does not grow with tokens × tokens × seque
 """
 
 
-def causal(
+def causal_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None
 ) -> torch.Tensor:
     """softmax(scale·Q·Kᵀ)·V, where a token sees those up to itself: (sequences, heads, tokens, head

@@ -17,7 +17,7 @@ from transformers import PretrainedConfig
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
-from ppo_dist.models.attention import causal
+from ppo_dist.models.attention import causal_attention
 from ppo_dist.types import Shapes
 
 ATTENTION = "ppo_dist_packed"
@@ -56,15 +56,9 @@ def attend(
             raise ValueError(f"attention with {name} is not supported")
     if packing is None:
         grouped = key.shape[1] != query.shape[1]
-        is_causal = attention_mask is None and query.shape[2] > 1
+        causal = attention_mask is None and query.shape[2] > 1
         out = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attention_mask,
-            is_causal=is_causal,
-            scale=scaling,
-            enable_gqa=grouped,
+            query, key, value, attention_mask, is_causal=causal, scale=scaling, enable_gqa=grouped
         )
         return out.transpose(1, 2).contiguous(), None
     longest = max(width for _, width in packing.shapes)
@@ -83,7 +77,7 @@ def attend(
         ]
 
     outs = [
-        causal(*tables, scaling).transpose(1, 2).flatten(0, 1)
+        causal_attention(*tables, scaling).transpose(1, 2).flatten(0, 1)
         for tables in zip(gathered(query), gathered(key), gathered(value), strict=True)
     ]
     return torch.cat(outs).index_select(0, packing.home_S)[None], None

@@ -279,19 +279,15 @@ def _advantage_std(sequences: Sequence[TrainSequence]) -> float | None:
 
 
 def _variance(rows: Iterable[Floats]) -> float | None:
-    """Of all their values; None of nothing. Each row is done with while the cache has it.
-
-    Source: the pairwise update of Chan et al. 1979.
-    """
+    """Of all their values, by the pairwise update of Chan et al. 1979; None of nothing."""
     count, mean, squares = 0, 0.0, 0.0
-    for row in rows:
-        if len(row):
-            own = float(row.sum(dtype=np.float64)) / len(row)
-            apart = np.subtract(row, own, dtype=np.float64)
-            count, gap = count + len(row), own - mean
-            share = len(row) / count
-            squares += float(apart @ apart) + gap * gap * share * (count - len(row))
-            mean += gap * share
+    for row in filter(len, rows):  # each is done with while the cache has it
+        own = float(row.sum(dtype=np.float64)) / len(row)
+        apart = np.subtract(row, own, dtype=np.float64)
+        count, gap = count + len(row), own - mean
+        share = len(row) / count
+        squares += float(apart @ apart) + gap * gap * share * (count - len(row))
+        mean += gap * share
     return squares / count if count else None
 
 

@@ -29,9 +29,9 @@ def faster(*dtypes: str) -> str:
     return min(zip(seconds, dtypes, strict=True))[1]
 
 
-def rate(seconds: float, shape: Shape, total: float = WORK) -> float:
+def rate(seconds: float, shape: Shape) -> float:
     """GFLOP/s of what `products` does."""
-    return count(shape, total) * 2 * math.prod(shape) / seconds / 1e9
+    return count(shape, WORK) * 2 * math.prod(shape) / seconds / 1e9
 
 
 def count(shape: Shape, total: float) -> int:

@@ -39,7 +39,7 @@ def iteration(name: str, found: dict[str, Found]) -> str:
         beside_trl(own, found.get("trl")),
         f"* generation against the engine alone: "
         f"{own.more['generate alone'] / own.more['generate in the run']:.0%}",
-        f"* scoring, annotation and publishing: {beside:.0%} of the step",
+        f"* scoring, annotation and publishing: {beside:.1%} of the step",
         *moved(own),
         *learner(alone),
         machine(found),
@@ -95,8 +95,8 @@ def learner(alone: Found) -> list[str]:
         f"* model FLOPs: {rate:.0f} GFLOP/s, {rate / layer:.0%} of the {layer:.0f} of a product of "
         f"512 × 1,024 with 1,024 × 1,024, {rate / large:.0%} of the {large:.0f} of one of 2,048 × "
         "2,048",
-        f"* memory of a learner: {used / 1e9:.2f} GB, of its parts together: {parts / 1e9:.2f} "
-        f"(activations {alone.peak['activations'] / 1e9:.2f})",
+        f"* memory of a learner: {used / 1e9:.2f} GB, {used / parts - 1:.1%} above its parts "
+        f"together: {parts / 1e9:.2f} (activations {alone.peak['activations'] / 1e9:.2f})",
     ]
 
 

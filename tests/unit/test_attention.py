@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from ppo_dist import device
 from ppo_dist.models import attention
-from ppo_dist.models.attention import by_products, causal
+from ppo_dist.models.attention import by_products, causal_attention
 from ppo_dist.models.packing import Packing, attend
 
 # rows, heads, heads of keys, tokens, size, size of values
@@ -64,7 +64,7 @@ def test_no_token_sees_a_later_one() -> None:
 
 def test_short_sequences_are_products_on_a_cpu_with_bf16() -> None:
     short, long = (torch.empty(1, 1, tokens, 4, dtype=torch.bfloat16) for tokens in (500, 501))
-    has_units = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    has_units = torch.cpu._is_avx512_bf16_supported()
     assert device.attends_by_products(short) == has_units
     assert not device.attends_by_products(long)
     assert not device.attends_by_products(short.float())
@@ -80,7 +80,7 @@ def test_in_bf16_all_is_near_to_what_fp64_gives(tokens: int, larger: int) -> Non
         own[0].mul_(larger)
         for rough, fine in zip(own, exact, strict=True):
             fine.copy_(rough)
-    out, expected = causal(*own, None), by_torch(exact)
+    out, expected = causal_attention(*own, None), by_torch(exact)
     assert out.dtype == torch.bfloat16
     towards = torch.randn_like(out)
     out.backward(towards)
