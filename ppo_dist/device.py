@@ -46,15 +46,26 @@ def prepare(kind: DeviceKind, threads: int) -> torch.device:
 def multiplier(weight_NK: torch.Tensor, bias_N: torch.Tensor | None) -> Multiplier:
     """What a linear layer does to rows, (B, K) to (B, N), while its weights stay as they are.
 
-    On a CPU in fp32 a copy of the weights in oneDNN's own layout is multiplied: for few rows and a
-    large matrix that takes half the time (torch 2.13, AVX2: 32 rows, an output head of 49,152).
+    On a CPU a copy of the weights in oneDNN's own layout is multiplied: for few rows and a large
+    matrix that takes half the time (torch 2.13: 32 rows, an output head of 49,152).
     """
-    if weight_NK.device.type == "cpu" and weight_NK.dtype == torch.float32:
+    if weight_NK.device.type == "cpu" and _onednn_is_fast(weight_NK.dtype):
         packed = torch.ops.mkldnn._reorder_linear_weight(weight_NK.detach())
         return lambda rows_BK: torch.ops.mkldnn._linear_pointwise(
             rows_BK, packed, bias_N, "none", [], ""
         )
     return lambda rows_BK: torch.nn.functional.linear(rows_BK, weight_NK, bias_N)
+
+
+def _onednn_is_fast(dtype: torch.dtype) -> bool:
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and _has_bf16())
+
+
+def _has_bf16() -> bool:
+    """Whether this CPU multiplies in bf16 itself. oneDNN says so of any AVX512."""
+    return torch.cpu._is_avx512_bf16_supported()
 
 
 def gpus() -> int:
@@ -292,12 +303,13 @@ def attention_dtype(tensor: torch.Tensor) -> torch.dtype:
     return tensor.dtype
 
 
-def attends_by_products(query: torch.Tensor) -> bool:
-    """Whether plain products in bf16 are faster than that kernel over (sequences, heads, tokens,
-    head dimension): on AVX512-BF16 by half at 100 tokens, and not at all at 500.
+def attends_by_products(key: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether plain products in bf16 are faster than that kernel over keys (rows, heads, tokens,
+    head dimension) and queries of `dtype`: on AVX512-BF16 by half at 100 tokens, and not at all at
+    500.
     """
-    is_short = query.dtype == torch.bfloat16 and query.shape[2] <= 500
-    return is_short and query.device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    is_short = dtype == torch.bfloat16 and key.shape[2] <= 500
+    return is_short and key.device.type == "cpu" and _has_bf16()
 
 
 def tell_deepspeed() -> None:

@@ -24,7 +24,7 @@ from ppo_dist.config.base import Origin
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
 Bools = NDArray[np.bool_]
-Shapes = tuple[tuple[int, int], ...]  # (sequences, longest) of each table of a PackedRow
+Shapes = tuple[tuple[int, int, int], ...]  # (rows, keys, queries) of each table of a PackedRow
 FinishReason = Literal["eos", "length"]
 
 
@@ -253,16 +253,18 @@ class PackedRow:
     """Sequences in one row without padding; what their prompts have in common at the beginning is
     there once.
 
-    Attention works on tables of sequences of about one length, of `shapes` (sequences, longest):
-    `slots_N` lists, table after table, the row indices of each sequence's tokens (0 in the padding
-    at its right), and `home_S` says in which slot the output for each row token is found. Response
-    position k is predicted by the hidden state at row index `states_K[k]` and has the token
-    `targets_K[k]`. A response's last token predicts nothing, so it is left out unless the state
-    after it is asked for.
+    Attention works on tables of `shapes` (rows, keys, queries). `slots_N` lists, table after table,
+    the row indices that each of its rows sees: a sequence's tokens up to some (0 in the padding at
+    their right). The last `queries` of them are computed, and `home_S` says where among those the
+    output for each row token is found, so that what sequences share is computed once here too.
+
+    Response position k is predicted by the hidden state at row index `states_K[k]` and has the
+    token `targets_K[k]`. A response's last token predicts nothing, so it is left out unless the
+    state after it is asked for.
 
     Example, the prompt [5, 6] with responses [7, 1] and [8, 9, 1]:
         tokens_S=[5, 6, 7, 8, 9]  positions_S=[0, 1, 2, 2, 3]
-        slots_N=[0, 1, 3, 4, 0, 1, 2, 0]  home_S=[4, 5, 6, 2, 3]  shapes=((2, 4),)
+        slots_N=[0, 1, 3, 4, 0, 1, 2, 0]  home_S=[4, 5, 6, 2, 3]  shapes=((2, 4, 4),)
         states_K=[1, 2, 1, 3, 4]  targets_K=[7, 1, 8, 9, 1]
     """
 

@@ -4,16 +4,16 @@ rank.
 
 from __future__ import annotations
 
+import bisect
 import heapq
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
 
+from ppo_dist.data.tables import Span, in_tables
 from ppo_dist.reports import TokenCounts
 from ppo_dist.types import Floats, Ints, MicroBatch, PackedRow, TrainSequence
-
-TABLE = 128**2
-"""What one more table is taken to cost in attention, in squares of tokens."""
 
 
 def cut(lengths: Sequence[int], ranks: int, budget: int) -> list[list[list[int]]]:
@@ -114,8 +114,10 @@ def pack_rows(rows: Sequence[tuple[Ints, int]], end: bool) -> PackedRow:
     """
     tokens: list[Ints] = []
     positions: list[Ints] = []
-    indices: list[Ints] = [tokens_T for tokens_T, _ in rows]  # row indices of a sequence's tokens
-    owned = [0] * len(rows)  # how many tokens at a sequence's beginning belong to an earlier one
+    paths: list[Ints] = [tokens_T for tokens_T, _ in rows]  # row indices of a sequence's tokens
+    order: list[int] = []
+    begins: list[int] = []  # where in the row each one's own tokens begin, in that order
+    forks: set[int] = set()  # and where those end that others have too
     before = at_before = np.zeros(0, np.int64)
     used = 0
     prompts = [tokens_T[:prompt] for tokens_T, prompt in rows]
@@ -125,50 +127,33 @@ def pack_rows(rows: Sequence[tuple[Ints, int]], end: bool) -> PackedRow:
         own = rows[b][0][common : len(rows[b][0]) - (not end)]
         tokens.append(own)
         positions.append(np.arange(common, common + len(own)))
-        indices[b] = np.concatenate([at_before[:common], np.arange(used, used + len(own))])
-        owned[b] = common
-        before, at_before = prompts[b], indices[b]
+        paths[b] = np.concatenate([at_before[:common], np.arange(used, used + len(own))])
+        order.append(b)
+        begins.append(used)
+        forks.update((paths[b][:common][-1:] + 1).tolist())
+        before, at_before = prompts[b], paths[b]
         used += len(own)
-    tables = _tables([len(at) for at in indices])
-    shapes = tuple((len(members), len(indices[members[0]])) for members in tables)
-    slots_N = np.zeros(sum(rows * width for rows, width in shapes), np.int64)
-    home_S = np.zeros(used, np.int64)
-    begin = 0
-    for members, (_, width) in zip(tables, shapes, strict=True):
-        for b in members:
-            at, first = indices[b], owned[b]
-            slots_N[begin : begin + len(at)] = at
-            home_S[at[first:]] = begin + np.arange(first, len(at))
-            begin += width
+    positions_S = np.concatenate(positions)
+
+    def spans(bounds: set[int]) -> list[Span]:
+        found = []
+        for first, after in itertools.pairwise(sorted(bounds)):
+            path = paths[order[bisect.bisect_right(begins, first) - 1]]
+            found.append(Span(path[: positions_S[after - 1] + 1], int(positions_S[first])))
+        return found
+
+    whole = {*begins, used}
+    slots_N, home_S, shapes = in_tables([spans(whole), spans(whole | forks)], used)
     targets = [np.append(t[p:], 0) if end else t[p:] for t, p in rows]
     return PackedRow(
         tokens_S=np.concatenate(tokens),
-        positions_S=np.concatenate(positions),
+        positions_S=positions_S,
         slots_N=slots_N,
         home_S=home_S,
         shapes=shapes,
-        states_K=np.concatenate([at[p - 1 :] for at, (_, p) in zip(indices, rows, strict=True)]),
+        states_K=np.concatenate([at[p - 1 :] for at, (_, p) in zip(paths, rows, strict=True)]),
         targets_K=np.concatenate(targets),
     )
-
-
-def _tables(lengths: Sequence[int]) -> list[list[int]]:
-    """Sequences in tables for attention, the longest first; so that the sum over the tables of
-    sequences × longest², and TABLE each, is as small as can be.
-    """
-    order = sorted(range(len(lengths)), key=lambda b: (-lengths[b], b))
-    long = [lengths[b] for b in order]
-    cuts = [i for i in range(len(order)) if not i or long[i] < long[i - 1]]
-    least, begins = {0: 0}, {}
-    for end in [*cuts[1:], len(order)]:
-        costs = {i: least[i] + (end - i) * long[i] ** 2 + TABLE for i in cuts if i < end}
-        begins[end] = min(costs, key=costs.__getitem__)
-        least[end] = costs[begins[end]]
-    tables, end = [], len(order)
-    while end:
-        tables.append(order[begins[end] : end])
-        end = begins[end]
-    return tables[::-1]
 
 
 def _common(a: Ints, b: Ints) -> int:

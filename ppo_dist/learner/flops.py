@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,16 +12,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ppo_dist import device
-from ppo_dist.types import TrainSequence
+from ppo_dist.types import PackedRow
 
 
 @dataclass(frozen=True)
 class Cost:
     """What a dense model's forward and backward pass takes, by the usual count (Chowdhery et al.
     2022, appendix B): 6 FLOPs a parameter and token (4 if the parameter is frozen), which is what
-    `trunk` and `head` say, 12·layers·heads·width a pair of tokens in attention (half of it, since
-    it is causal), and the output head where there are targets. What is computed again in backward
-    does not count again.
+    `trunk` and `head` say, 12·layers·heads·width a token that another sees in attention, and the
+    output head where there are targets. What is computed again in backward does not count again.
 
     Example: Cost(trunk=637_000_000, head=170_000_000, width=17_280)
     """
@@ -40,10 +39,11 @@ class Cost:
         width = config.num_hidden_layers * heads * each
         return cls(trunk, _flops(outputs) if outputs is not None else 0, width)
 
-    def flops(self, sequences: Sequence[TrainSequence], tokens: int, targets: int) -> float:
-        """Of sequences that were packed into that many tokens with that many targets."""
-        pairs = sum(len(s.tokens_T) ** 2 for s in sequences) / 2
-        return self.trunk * tokens + self.head * targets + 12.0 * self.width * pairs
+    def flops(self, row: PackedRow) -> float:
+        """Of what is in the row: what sequences share counts once."""
+        seen = float(row.positions_S.sum()) + len(row.positions_S)  # by each token, and itself
+        of_weights = self.trunk * len(row.tokens_S) + self.head * len(row.targets_K)
+        return of_weights + 12.0 * self.width * seen
 
 
 class Rate:

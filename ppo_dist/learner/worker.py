@@ -213,12 +213,12 @@ class LearnerWorker:
         counts: TokenCounts,
         coefficients: Coefficients,
     ) -> TermSums:
-        batch = Tensors.of(pack(sequences), self._device)
+        packed = pack(sequences)
+        batch = Tensors.of(packed, self._device)
         # the policy that acts is softmax(logits / temperature); imitation is of softmax(logits)
         temperature_K = torch.where(batch.ce_weight_K != 0, 1.0, self._config.rollout.temperature)
         out: PolicyOutput = self._roles.policy(*batch.row, batch.targets_K, temperature_K)
-        cost = self._roles.policy_cost
-        self._rate.add(cost.flops(sequences, len(batch.tokens_S), len(batch.targets_K)))
+        self._rate.add(self._roles.policy_cost.flops(packed.row))
         loss, sums = policy_loss(batch, out, counts, coefficients, self._config.algorithm)
         if self._roles.shares_trunk:
             of_value, more = value_loss(
@@ -235,9 +235,10 @@ class LearnerWorker:
         counts: TokenCounts,
         coefficients: Coefficients,
     ) -> TermSums:
-        batch = Tensors.of(pack(sequences), self._device)
+        packed = pack(sequences)
+        batch = Tensors.of(packed, self._device)
         values_K = critic(*batch.row)
-        self._rate.add(self._roles.critic_cost.flops(sequences, len(batch.tokens_S), 0))
+        self._rate.add(self._roles.critic_cost.flops(packed.row))
         loss, sums = value_loss(batch, values_K, counts, coefficients, self._config.algorithm)
         critic.backward(loss)
         return sums

@@ -9,9 +9,14 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.nn.attention.bias import causal_lower_right
 
 from ppo_dist.device import attends_by_products, attention_dtype
 
+LINE = 32
+"""Numbers of bf16 in a register of a CPU and in a line of its cache; a softmax over a multiple of
+them takes half the time.
+"""
 TABLE = 1 << 21
 """Scores that exist at one time at most, as long as those of one sequence's heads that share keys
 fit: a cache holds them, and memory does not grow with tokens × tokens × sequences.
@@ -21,15 +26,18 @@ fit: a cache holds them, and memory does not grow with tokens × tokens × seque
 def causal_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None
 ) -> torch.Tensor:
-    """softmax(scale·Q·Kᵀ)·V, where a token sees those up to itself: (sequences, heads, tokens, head
-    dimension) to the same. Keys and values may have fewer heads, each for as many queries' heads.
+    """softmax(scale·Q·Kᵀ)·V, where a token sees those up to itself: (rows, heads, queries, head
+    dimension), keys and values (rows, heads, keys, head dimension), to the shape of the queries,
+    which are those of the last keys. Keys and values may have fewer heads, each for as many
+    queries' heads.
     """
-    if attends_by_products(query):
+    if attends_by_products(key, query.dtype):
         return by_products(query, key.to(query.dtype), value.to(query.dtype), scale)
     queries, keys, values = (table.to(attention_dtype(query)) for table in (query, key, value))
+    seen = causal_lower_right(query.shape[2], key.shape[2])
     grouped = key.shape[1] != query.shape[1]
     out = F.scaled_dot_product_attention(
-        queries, keys, values, is_causal=True, scale=scale, enable_gqa=grouped
+        queries, keys, values, attn_mask=seen, scale=scale, enable_gqa=grouped
     )
     return out.to(query.dtype)
 
@@ -40,13 +48,19 @@ def by_products(
     """The same; the queries of all heads that share keys are one matrix. Scores, weights and their
     gradients are rounded to the inputs' format.
     """
-    rows, heads, tokens, size = query.shape
-    shared = key.shape[1]
-    grouped = query.reshape(rows * shared, heads // shared * tokens, size)
-    keys, values = (table.reshape(rows * shared, tokens, -1) for table in (key, value))
+    rows, heads, queries, size = query.shape
+    shared, tokens = key.shape[1:3]
+    more = -tokens % LINE
+    keys, values = (
+        F.pad(table, (0, 0, 0, more)).reshape(rows * shared, tokens + more, -1)
+        for table in (key, value)
+    )
+    grouped = query.reshape(rows * shared, heads // shared * queries, size)
+    later = query.new_full((queries, tokens + more), -math.inf).triu(tokens - queries + 1)
+    hidden = later.repeat(heads // shared, 1)
     scale = size**-0.5 if scale is None else scale
-    out: torch.Tensor = _Products.apply(grouped, keys, values, scale)  # type: ignore[no-untyped-call]
-    return out.reshape(rows, heads, tokens, -1)
+    out: torch.Tensor = _Products.apply(grouped, keys, values, hidden, scale)  # type: ignore[no-untyped-call]
+    return out.reshape(rows, heads, queries, -1)
 
 
 class _Products(torch.autograd.Function):
@@ -54,22 +68,27 @@ class _Products(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        hidden: torch.Tensor,
+        scale: float,
     ) -> torch.Tensor:
-        ctx.save_for_backward(query, key, value)
+        ctx.save_for_backward(query, key, value, hidden)
         ctx.scale = scale
         out = query.new_empty(*query.shape[:2], value.shape[2])
         for o, q, k, v in _parts(key.shape[1], out, query, key, value):
-            torch.bmm(_weights(q, k, scale), v, out=o)
+            torch.bmm(_weights(q, k, hidden, scale), v, out=o)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query, key, value = ctx.saved_tensors
+        query, key, value, hidden = ctx.saved_tensors
         made = d_query, d_key, d_value = tuple(map(torch.empty_like, (query, key, value)))
         for q, k, v, do, dq, dk, dv in _parts(key.shape[1], query, key, value, d_out, *made):
-            weights = _weights(q, k, ctx.scale)
+            weights = _weights(q, k, hidden, ctx.scale)
             torch.bmm(weights.mT, do, out=dv)
             # of a softmax: dS = P∘(dP − Σ P∘dP)
             d_weights = torch.bmm(do, v.mT)
@@ -77,7 +96,7 @@ class _Products(torch.autograd.Function):
             d_scores.mul_(ctx.scale)
             torch.bmm(d_scores, k, out=dq)
             torch.bmm(d_scores.mT, q, out=dk)
-        return d_query, d_key, d_value, None
+        return d_query, d_key, d_value, None, None
 
 
 def _parts(tokens: int, *tables: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
@@ -86,8 +105,7 @@ def _parts(tokens: int, *tables: torch.Tensor) -> Iterator[tuple[torch.Tensor, .
     return zip(*(torch.split(table, at_a_time) for table in tables), strict=True)
 
 
-def _weights(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
-    tokens = key.shape[1]
-    later = torch.full((tokens, tokens), -math.inf, dtype=query.dtype, device=query.device).triu(1)
-    hidden = later.repeat(query.shape[1] // tokens, 1)
+def _weights(
+    query: torch.Tensor, key: torch.Tensor, hidden: torch.Tensor, scale: float
+) -> torch.Tensor:
     return torch.baddbmm(hidden, query, key.mT, alpha=scale).softmax(-1)

@@ -1,13 +1,16 @@
 """Attention within packed sequences.
 
 Everything in a transformer but its attention works on one token at a time, so it runs on the row
-as it is. For attention, queries, keys and values are gathered into causal tables of sequences of
-about one length, and what comes out is scattered back. No mask over the row exists: work grows with
-the sum of squared lengths, not with the square of the row.
+as it is. For attention, keys and values are gathered into tables of sequences of about one length,
+with the queries of those tokens that no other row of a table has, and what comes out is scattered
+back. No mask over the row exists: work grows with the sum of squared lengths at most, not with the
+square of the row.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +33,16 @@ class Packing:
     slots_N: torch.Tensor
     home_S: torch.Tensor
     shapes: Shapes
+
+    @functools.cached_property
+    def asking_M(self) -> torch.Tensor:
+        """The row indices of the queries, table after table; the same for all layers."""
+        tables = torch.split(self.slots_N, [rows * keys for rows, keys, _ in self.shapes])
+        asking = [
+            table.view(rows, keys)[:, keys - queries :].flatten()
+            for table, (rows, keys, queries) in zip(tables, self.shapes, strict=True)
+        ]
+        return torch.cat(asking)
 
 
 def attend(
@@ -61,26 +74,33 @@ def attend(
             query, key, value, attention_mask, is_causal=causal, scale=scaling, enable_gqa=grouped
         )
         return out.transpose(1, 2).contiguous(), None
-    longest = max(width for _, width in packing.shapes)
+    longest = max(keys for _, keys, _ in packing.shapes)
     if sliding_window is not None and sliding_window < longest:
         raise ValueError(
             f"attention with a sliding_window of {sliding_window} tokens is not supported on"
             f" sequences of {longest}"
         )
-
-    def gathered(row: torch.Tensor) -> list[torch.Tensor]:
-        picked = row[0].transpose(0, 1).index_select(0, packing.slots_N)
-        parts = torch.split(picked, [rows * width for rows, width in packing.shapes])
-        return [
-            part.view(*shape, *part.shape[1:]).transpose(1, 2)
-            for part, shape in zip(parts, packing.shapes, strict=True)
-        ]
-
+    seen = [(rows, keys) for rows, keys, _ in packing.shapes]
+    asked = [(rows, queries) for rows, _, queries in packing.shapes]
+    queries = _gathered(query, packing.asking_M, asked)
+    keys, values = (_gathered(row, packing.slots_N, seen) for row in (key, value))
     outs = [
         causal_attention(*tables, scaling).transpose(1, 2).flatten(0, 1)
-        for tables in zip(gathered(query), gathered(key), gathered(value), strict=True)
+        for tables in zip(queries, keys, values, strict=True)
     ]
     return torch.cat(outs).index_select(0, packing.home_S)[None], None
+
+
+def _gathered(
+    row: torch.Tensor, slots: torch.Tensor, tables: Sequence[tuple[int, int]]
+) -> list[torch.Tensor]:
+    """(1, heads, S, head dimension) to tables (rows, heads, width, head dimension)."""
+    picked = row[0].transpose(0, 1).index_select(0, slots)
+    parts = torch.split(picked, [rows * width for rows, width in tables])
+    return [
+        part.view(*table, *part.shape[1:]).transpose(1, 2)
+        for part, table in zip(parts, tables, strict=True)
+    ]
 
 
 def no_mask(row: torch.Tensor) -> torch.Tensor:

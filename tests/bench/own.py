@@ -201,12 +201,7 @@ def peak() -> int:
 def flops(config: Config, updates: Sequence[Sequence[TrainSequence]]) -> float:
     """Model FLOPs of updates of the policy; the head is at response positions alone."""
     cost = Cost.of(load_policy(str(config.model.path), torch.bfloat16))
-    rows = [batch.row for batch in packed(updates, config.learner.micro_batch_tokens)]
-    tokens, targets = (
-        sum(map(len, many))
-        for many in zip(*((row.tokens_S, row.targets_K) for row in rows), strict=True)
-    )
-    return cost.flops([s for sequences in updates for s in sequences], tokens, targets)
+    return sum(cost.flops(b.row) for b in packed(updates, config.learner.micro_batch_tokens))
 
 
 def packed(updates: Sequence[Sequence[TrainSequence]], budget: int) -> list[MicroBatch]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -31,18 +33,25 @@ def by_torch(qkv: Tables, scale: float | None = None) -> torch.Tensor:
     return F.scaled_dot_product_attention(*qkv, is_causal=True, scale=scale, enable_gqa=True)
 
 
+@pytest.mark.parametrize("attend_to", [by_products, causal_attention])
 @pytest.mark.parametrize("at_a_time", [1, 100, 1 << 21])
 @pytest.mark.parametrize("scale", [None, 0.3])
+@pytest.mark.parametrize("first", [0, 3])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_products_give_the_same_and_the_same_gradients(
+def test_all_give_the_same_and_the_same_gradients(
     shape: tuple[int, ...],
+    first: int,
     scale: float | None,
     at_a_time: int,
+    attend_to: Callable[..., torch.Tensor],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Whether all tokens ask, or those from `first` on."""
     monkeypatch.setattr(attention, "TABLE", at_a_time)
     own, theirs = tables(shape), tables(shape)
-    out, expected = by_products(*own, scale), by_torch(theirs, scale)
+    first = min(first, shape[3] - 1)
+    out = attend_to(own[0][:, :, first:], *own[1:], scale)
+    expected = by_torch(theirs, scale)[:, :, first:]
     torch.testing.assert_close(out, expected)
     towards = torch.randn_like(expected)
     out.backward(towards)
@@ -65,10 +74,10 @@ def test_no_token_sees_a_later_one() -> None:
 def test_short_sequences_are_products_on_a_cpu_with_bf16() -> None:
     short, long = (torch.empty(1, 1, tokens, 4, dtype=torch.bfloat16) for tokens in (500, 501))
     has_units = torch.cpu._is_avx512_bf16_supported()
-    assert device.attends_by_products(short) == has_units
-    assert not device.attends_by_products(long)
-    assert not device.attends_by_products(short.float())
-    assert not device.attends_by_products(short.to("meta"))
+    assert device.attends_by_products(short, torch.bfloat16) == has_units
+    assert not device.attends_by_products(long, torch.bfloat16)
+    assert not device.attends_by_products(short, torch.float32)
+    assert not device.attends_by_products(short.to("meta"), torch.bfloat16)
 
 
 @pytest.mark.parametrize("larger", [1, 8])  # 8: scores up to 20 or so, of which bf16 has few bits
@@ -107,7 +116,7 @@ def test_gradients_of_a_shared_prompt_are_summed_in_fp32() -> None:
             torch.cat([n * (prompt + own) + prompt + torch.arange(own) for n in range(count)]),
         ]
     )
-    packing = Packing(slots, home, ((count, prompt + own),))
+    packing = Packing(slots, home, ((count, prompt + own, prompt + own),))
     total = prompt + own * count
     made = torch.randn(3, 1, 2, total, 8)
     rough = made.bfloat16().requires_grad_()

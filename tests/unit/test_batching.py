@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ppo_dist.data import batching
+from ppo_dist.data import tables
 from ppo_dist.data.batching import count_tokens, cut, pack, pack_rows, shares, units
 from ppo_dist.data.chunks import chunks
 from ppo_dist.reports import TokenCounts
@@ -113,7 +113,7 @@ def test_the_packed_row_of_the_docstring() -> None:
     assert packed.positions_S.tolist() == [0, 1, 2, 2, 3]
     assert packed.slots_N.tolist() == [0, 1, 3, 4, 0, 1, 2, 0]
     assert packed.home_S.tolist() == [4, 5, 6, 2, 3]
-    assert packed.shapes == ((2, 4),)
+    assert packed.shapes == ((2, 4, 4),)
     assert packed.states_K.tolist() == [1, 2, 1, 3, 4]
     assert packed.targets_K.tolist() == [7, 1, 8, 9, 1]
 
@@ -124,37 +124,50 @@ def test_the_packed_row_with_the_state_after_the_end() -> None:
     assert packed.positions_S.tolist() == [0, 1, 2, 3, 2, 3, 4]
     assert packed.slots_N.tolist() == [0, 1, 4, 5, 6, 0, 1, 2, 3, 0]
     assert packed.home_S.tolist() == [5, 6, 7, 8, 2, 3, 4]
-    assert packed.shapes == ((2, 5),)
+    assert packed.shapes == ((2, 5, 5),)
     assert packed.states_K.tolist() == [1, 2, 3, 1, 4, 5, 6]
     assert packed.targets_K.tolist() == [7, 1, 0, 8, 9, 1, 0]
 
 
-def in_tables(packed: PackedRow, lengths: list[int]) -> list[np.ndarray]:
-    """The row indices of each sequence's tokens; the longest sequences are in the first table."""
-    sizes = [rows * width for rows, width in packed.shapes]
-    tables = np.split(packed.slots_N, np.cumsum(sizes)[:-1])
-    rows = [r for table, s in zip(tables, packed.shapes, strict=True) for r in table.reshape(s)]
-    order = sorted(range(len(lengths)), key=lambda b: (-lengths[b], b))
-    return [rows[order.index(b)][:length] for b, length in enumerate(lengths)]
+def seen_by(packed: PackedRow) -> list[np.ndarray]:
+    """The row indices that each token of the row sees in attention, itself last."""
+    found = []
+    begin = 0
+    for rows, keys, queries in packed.shapes:
+        for _ in range(rows):
+            for last in range(keys - queries, keys):
+                found.append(packed.slots_N[begin : begin + last + 1])
+            begin += keys
+    assert begin == len(packed.slots_N)
+    return [found[home] for home in packed.home_S]
+
+
+span = st.tuples(st.integers(1, 9), st.integers(0, 8)).filter(lambda s: s[1] < s[0])
 
 
 @settings(deadline=None)
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=9), st.integers(0, 60))
-def test_tables_are_the_cheapest(lengths: list[int], each: int) -> None:
-    """Of all ways to cut the sequences, ordered by length."""
+@given(st.lists(span, min_size=1, max_size=9), st.integers(0, 60))
+def test_tables_are_the_cheapest(spans: list[tuple[int, int]], each: int) -> None:
+    """Of all ways to cut the spans, ordered by their ends, but between those that end alike."""
 
-    def cost(tables: list[list[int]]) -> int:
-        return sum(len(t) * max(lengths[b] for b in t) ** 2 + each for t in tables)
+    def cost(found: list[list[int]]) -> int:
+        total = 0
+        for members in found:
+            keys = max(spans[i][0] for i in members)
+            total += len(members) * keys * (keys - min(spans[i][1] for i in members)) + each
+        return total
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batching, "TABLE", each)
-        tables = batching._tables(lengths)
-    order = sorted(range(len(lengths)), key=lambda b: (-lengths[b], b))
-    assert [b for table in tables for b in table] == order
-    inner = range(1, len(order))
+        patch.setattr(tables, "TABLE", each)
+        least, found = tables.tables(spans)
+    order = [i for members in found for i in members]
+    assert sorted(order) == list(range(len(spans)))
+    ends = [spans[i][0] for i in order]
+    assert ends == sorted(ends, reverse=True)
+    inner = [i for i in range(1, len(order)) if ends[i] < ends[i - 1]]
     every = [c for n in range(len(order)) for c in itertools.combinations(inner, n)]
     ways = ([order[a:b] for a, b in itertools.pairwise((0, *c, len(order)))] for c in every)
-    assert cost(tables) == min(map(cost, ways))
+    assert least == cost(found) == min(map(cost, ways))
 
 
 @pytest.mark.parametrize("each", [0, 16384])
@@ -166,20 +179,29 @@ def test_a_packed_row_can_be_unpacked(each: int, shapes: list[tuple[int, int]], 
         for i, (p, r) in enumerate(shapes)
     ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batching, "TABLE", each)
+        patch.setattr(tables, "TABLE", each)
         packed = pack_rows(rows, end)
-    listed, at = in_tables(packed, [len(t) - (not end) for t, _ in rows]), 0
-    for where, (tokens_T, prompt) in zip(listed, rows, strict=True):
-        seen = len(tokens_T) - (not end)
-        assert packed.tokens_S[where].tolist() == tokens_T[:seen].tolist()
-        assert packed.positions_S[where].tolist() == list(range(seen))
+    seen, at = seen_by(packed), 0
+    for tokens_T, prompt in rows:
         count = len(tokens_T) - prompt + end
-        assert packed.states_K[at : at + count].tolist() == where[prompt - 1 :].tolist()
+        states = packed.states_K[at : at + count]
+        path = seen[states[-1]]
+        assert states.tolist() == path[prompt - 1 :].tolist()
+        assert packed.tokens_S[path].tolist() == tokens_T[: len(tokens_T) - (not end)].tolist()
+        assert packed.positions_S[path].tolist() == list(range(len(path)))
+        for i, token in enumerate(path):  # what comes before it, whoever it is shared with
+            assert seen[token].tolist() == path[: i + 1].tolist()
         assert packed.targets_K[at : at + count - end].tolist() == tokens_T[prompt:].tolist()
         at += count
     assert at == len(packed.states_K) == len(packed.targets_K)
-    # each token's home is a slot that points back at it
-    assert packed.slots_N[packed.home_S].tolist() == list(range(len(packed.tokens_S)))
+
+
+def test_what_is_shared_asks_once() -> None:
+    """A prompt of 300 tokens and 8 responses of 20: a table of the one, and one of the others."""
+    rows = [(tokens(*[7] * 300, *[n] * 20), 300) for n in range(8)]
+    assert pack_rows(rows, end=True).shapes == ((8, 320, 20), (1, 300, 300))
+    # two short ones are one table, for which each asks for all
+    assert pack_rows(PAIR, end=True).shapes == ((2, 5, 5),)
 
 
 def test_pack_joins_the_numbers_in_order() -> None:
@@ -281,7 +303,7 @@ def test_what_prompts_begin_with_is_shared() -> None:
     packed = pack_rows([(tokens(5, 9, 7, 1), 2), (tokens(5, 6, 7, 1), 2)], end=False)
     assert packed.tokens_S.tolist() == [5, 6, 7, 9, 7]
     assert packed.positions_S.tolist() == [0, 1, 2, 1, 2]
-    assert packed.slots_N.tolist() == [0, 3, 4, 0, 1, 2]
+    assert packed.slots_N.tolist() == [0, 1, 2, 0, 3, 4]
     assert packed.states_K.tolist() == [3, 4, 1, 2]
 
 
@@ -299,5 +321,6 @@ def test_every_beginning_is_there_once(prompts: list[list[int]]) -> None:
     packed = pack_rows([(tokens(*p, 9), len(p)) for p in prompts], end=False)
     beginnings = {tuple(p[: n + 1]) for p in prompts for n in range(len(p))}
     assert len(packed.tokens_S) == len(beginnings)
-    for p, where in zip(prompts, in_tables(packed, list(map(len, prompts))), strict=True):
-        assert packed.tokens_S[where].tolist() == p
+    seen = seen_by(packed)
+    for p, last in zip(prompts, packed.states_K, strict=True):
+        assert packed.tokens_S[seen[last]].tolist() == p

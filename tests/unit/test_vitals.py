@@ -13,10 +13,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ppo_dist import device
+from ppo_dist.data.batching import pack_rows
 from ppo_dist.learner.flops import Cost, Rate
 from ppo_dist.models.critic import load_critic
 from ppo_dist.vitals import Pulse
-from tests.unit.test_batching import sequence
 
 
 def test_a_process_tells_what_it_takes_with_its_children() -> None:
@@ -52,9 +52,10 @@ def test_the_cost_of_a_model(tiny_models: dict[str, Path]) -> None:
 
 
 def test_the_flops_of_a_packed_row_by_hand() -> None:
-    sequences = [sequence([1, 2], [3]), sequence([1], [2, 3])]
-    found = Cost(trunk=10, head=5, width=2).flops(sequences, tokens=6, targets=3)
-    assert found == 10 * 6 + 5 * 3 + 12 * 2 * (9 + 9) / 2
+    rows = [(np.array([1, 2, 3, 4]), 2), (np.array([1, 2, 5]), 2)]
+    found = Cost(trunk=10, head=5, width=2).flops(pack_rows(rows, end=True))
+    # the prompt's two tokens once, that see one and two, and responses that see 3, 4 and 3
+    assert found == 10 * 5 + 5 * 5 + 12 * 2 * (1 + 2 + 3 + 4 + 3)
 
 
 def test_a_rate_is_of_the_last_block(monkeypatch: pytest.MonkeyPatch) -> None:
