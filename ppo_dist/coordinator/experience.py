@@ -39,7 +39,7 @@ class Earned:
     """Advantages and returns, a row for each response; `kl` sums log π − log π_ref over all."""
 
     advantages: list[torch.Tensor]
-    returns: list[torch.Tensor]
+    returns: list[Floats]
     kl: float = 0.0
 
 
@@ -83,7 +83,7 @@ class Experience:
                 a,
                 advantages[b],
                 earned.returns[b],
-                policy_weight_R=corrections[b] * (weights[b] * teaches_policy),
+                policy_weight=corrections[b] * (weights[b] * teaches_policy),
                 value_weight=weights[b] * algorithm.has_critic,
             )
             for b, (s, a) in enumerate(zip(scored, annotations, strict=True))
@@ -97,7 +97,8 @@ class Experience:
         coef = self._kl.coef if isinstance(kl, KlInReward) else 0.0
         group_B = _numbered([s.rollout.prompt.uid for s in scored])
         lengths_B = [len(a.logprobs_R) for a in annotations]
-        earned = Earned([torch.empty(0)] * len(scored), [torch.empty(0)] * len(scored))
+        nothing = torch.empty(0)
+        earned = Earned([nothing] * len(scored), [nothing.numpy()] * len(scored))
         for part in blocks(group_B.tolist(), lengths_B, TABLE):
             own = [annotations[b] for b in part]
             logprobs_BR, mask_BR = pad([a.logprobs_R for a in own])
@@ -115,7 +116,7 @@ class Experience:
             earned.kl += float(k1(logprobs_BR, reference_BR).sum())
             for b, advantages_R, returns_R in zip(part, advantages_BR, returns_BR, strict=True):
                 earned.advantages[b] = advantages_R[: lengths_B[b]]
-                earned.returns[b] = returns_R[: lengths_B[b]]
+                earned.returns[b] = returns_R[: lengths_B[b]].numpy().astype(np.float32)
         return earned
 
     def _whitened(
@@ -135,10 +136,10 @@ class Experience:
 
     def _corrections(
         self, scored: Sequence[Scored], annotations: Sequence[Annotation]
-    ) -> list[Floats]:
-        """The weight of each token's policy term; all 1 without correction."""
+    ) -> Sequence[Floats | float]:
+        """The weight of each token's policy term; 1 for all without correction."""
         if not self._corrects:
-            return [np.ones_like(a.logprobs_R) for a in annotations]
+            return [1.0] * len(scored)
         cap, over = self._algorithm.correction.cap, self._algorithm.correction.over
         rows = [
             (torch.tensor(a.logprobs_R), torch.tensor(s.rollout.logprobs_R))
@@ -188,8 +189,8 @@ def _reinforced(
     scored: Scored,
     annotation: Annotation,
     advantages_R: torch.Tensor,
-    returns_R: torch.Tensor,
-    policy_weight_R: Floats,
+    returns_R: Floats,
+    policy_weight: Floats | float,
     value_weight: float,
 ) -> TrainSequence:
     rollout = scored.rollout
@@ -200,11 +201,11 @@ def _reinforced(
         source=scored.score.source,
         tokens_T=np.concatenate([rollout.prompt.tokens_P, rollout.tokens_R]),
         prompt_tokens=len(rollout.prompt.tokens_P),
-        policy_weight_R=policy_weight_R.astype(np.float32, copy=False),
+        policy_weight_R=np.full(count, policy_weight, np.float32),
         value_weight_R=np.full(count, value_weight, np.float32),
         ce_weight_R=np.zeros(count, np.float32),
         advantages_R=advantages_R.numpy().astype(np.float32),
-        returns_R=returns_R.numpy().astype(np.float32),
+        returns_R=returns_R,
         logprobs_R=annotation.logprobs_R,
         reference_R=annotation.reference_R,
         values_R=annotation.values_R,
