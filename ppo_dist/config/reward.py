@@ -117,6 +117,9 @@ class ModelReward(Section):
     kind: Literal["model"]
     path: FilePath = Field(description="Hugging Face folder, or a name on the hub")
     dtype: Literal["fp32", "bf16"] = Field("fp32", description="number format of its weights")
+    compile: bool = Field(
+        False, description="fuse what is between matrix products, as learner.compile does"
+    )
     batch_tokens: int = Field(8192, ge=1, description="tokens read in one forward pass")
     workers: int = Field(1, ge=1, description="processes that have the model")
     threads: int = Field(1, ge=1, description="CPU threads of a worker")

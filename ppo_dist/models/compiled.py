@@ -35,7 +35,7 @@ def compile_layers(trunk: nn.Module) -> None:
     """
     layers = [part for part in trunk.modules() if isinstance(part, GradientCheckpointingLayer)]
     if not layers:
-        raise ValueError(f"learner.compile: {type(trunk).__name__} has no layers of transformers'")
+        raise ValueError(f"compile: {type(trunk).__name__} has no layers of transformers'")
     apart = torch.compiler.disable(attend)  # type: ignore[no-untyped-call]
     AttentionInterface.register(ATTENTION, apart)
     for layer in layers:

@@ -83,6 +83,7 @@ def own_config(
     """W1 or W2 as a config of ours: everything in one process, as the plain program is."""
     prompts = {"kind": "piecewise", "values": [[0, work.prompts // WARM_UP], [1, work.prompts]]}
     judge = {"kind": "model", "path": str(reward), "dtype": work.dtype, "threads": threads}
+    judge["compile"] = compiled
     return {
         **_common(work, folder, threads, compiled),
         "model": {"path": str(model)},

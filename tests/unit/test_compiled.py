@@ -19,6 +19,7 @@ from ppo_dist.models.compiled import compile_layers, why_not
 from ppo_dist.models.critic import CriticModel, load_critic
 from ppo_dist.models.policy import PolicyModel, load_policy
 from tests.conftest import TIMINGS, raw_config
+from tests.unit.test_reward_model import classifier
 
 LENGTHS = ((9, 6, 12), (5,), (31, 3), (20, 20, 4, 4))  # of the sequences of four rows
 
@@ -68,14 +69,29 @@ def test_compiled_layers_say_and_learn_the_same(tiny_models: dict[str, Path]) ->
 
 
 def test_what_is_not_made_of_layers_is_named() -> None:
-    with pytest.raises(ValueError, match=r"learner\.compile: Linear has no layers"):
+    with pytest.raises(ValueError, match="compile: Linear has no layers"):
         compile_layers(torch.nn.Linear(2, 2))
 
 
-@pytest.mark.parametrize("kind", ["local", pytest.param("ray", marks=pytest.mark.slow)])
-def test_without_a_compiler_it_is_said_before_any_model_loads(tmp_path: Path, kind: str) -> None:
+COMPILES = {"learner": {"compile": True}}
+JUDGES = {"reward": {"verifiable": {"kind": "model", "path": "", "compile": True}}}
+
+
+@pytest.mark.parametrize(
+    ("kind", "sections", "named"),
+    [
+        ("local", COMPILES, "learner.compile"),
+        pytest.param("ray", COMPILES, "learner.compile", marks=pytest.mark.slow),
+        ("local", JUDGES, "compile of the reward model"),
+    ],
+)
+def test_without_a_compiler_it_is_said_before_any_model_loads(
+    tmp_path: Path, tiny_model: Path, kind: str, sections: dict[str, Any], named: str
+) -> None:
     file = tmp_path / "run.yaml"
-    config = raw_config(tmp_path / "run", learner={"compile": True}, cluster={"kind": kind})
+    config = raw_config(tmp_path / "run", cluster={"kind": kind}, **sections)
+    if sections is JUDGES:
+        config["reward"]["verifiable"]["path"] = str(classifier(tmp_path / "rm", tiny_model))
     file.write_text(yaml.safe_dump(config))
     missing = {
         "CXX": str(tmp_path / "g++"),
@@ -87,7 +103,7 @@ def test_without_a_compiler_it_is_said_before_any_model_loads(tmp_path: Path, ki
         env={**os.environ, **missing}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "learner.compile" in done.stderr and "torch cannot compile" in done.stderr
+    assert named in done.stderr and "torch cannot compile" in done.stderr
     assert str(tmp_path / "g++") in done.stderr
 
 

@@ -20,6 +20,7 @@ from transformers import (
 from ppo_dist import build
 from ppo_dist.config import Config, InputError, reward_models
 from ppo_dist.config.reward import ModelReward
+from ppo_dist.models.compiled import why_not
 from ppo_dist.reports import Vitals
 from ppo_dist.rewards.model import ModelScores, RewardModel, Traces
 from ppo_dist.types import Prompt, Rollout
@@ -79,13 +80,16 @@ def scores_of(path: Path, base: Path, **section: Any) -> ModelScores:
     return ModelScores(made, lambda shares: [model.judge(share) for share in shares])
 
 
-@pytest.mark.parametrize("batch_tokens", [8, 10_000])
+@pytest.mark.parametrize(("batch_tokens", "compiled"), [(8, False), (10_000, False), (8, True)])
 def test_a_causal_model_reads_packed_rows(
-    tmp_path: Path, tiny_model: Path, batch_tokens: int
+    tmp_path: Path, tiny_model: Path, batch_tokens: int, compiled: bool
 ) -> None:
+    if compiled and (error := why_not("cpu")) is not None:
+        pytest.skip(f"torch cannot compile here: {error}")
     path = classifier(tmp_path / "rm", tiny_model)
     model = AutoModelForSequenceClassification.from_pretrained(path).eval()
-    found = scores_of(path, tiny_model, batch_tokens=batch_tokens).score(rollouts(tiny_model))
+    source = scores_of(path, tiny_model, batch_tokens=batch_tokens, compile=compiled)
+    found = source.score(rollouts(tiny_model))
     for rollout, score in zip(rollouts(tiny_model), found, strict=True):
         tokens = np.concatenate([rollout.prompt.tokens_P, rollout.tokens_R])[None]
         with torch.no_grad():
