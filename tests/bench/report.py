@@ -6,6 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -130,8 +131,11 @@ def scaling(found: Found) -> str:
     for name, seconds in found.more.items():
         each = 1000 * seconds / (EACH * int(name.split()[0]))
         lines.append(f"| {name} | {seconds:.4f} | {each:.3f} |")
+    own = [(EACH * int(n.split()[0]), s) for n, s in found.more.items() if n.endswith("in process")]
+    growth = np.polyfit(*np.log(np.array(own)).T, 1)[0]
+    lines += ["", f"* in process: as sequences^{growth:.2f} (least squares of the logarithms)"]
     first, last = found.peak.values()
-    lines += ["", f"* the driver's memory: {first / 1e6:.0f} MB after 100 steps, {last / 1e6:.0f} "]
+    lines += [f"* the driver's memory: {first / 1e6:.0f} MB after 100 steps, {last / 1e6:.0f} "]
     lines[-1] += "after 1,000"
     return "\n".join(lines)
 
