@@ -13,9 +13,11 @@ from ppo_dist.config import Config
 from ppo_dist.config.workers import LearnerSection
 from ppo_dist.learner.engine import make_engine
 from ppo_dist.learner.process_group import join_group
+from ppo_dist.models.attention import causal_attention
 from ppo_dist.run import train
 from ppo_dist.tracking.local import read_rows
 from tests.conftest import raw_config
+from tests.unit.test_attention import by_torch, tables
 
 pytestmark = [
     pytest.mark.gpu,
@@ -30,6 +32,24 @@ def test_a_run_on_one_gpu(tmp_path: Path, dtype: str, stage: int) -> None:
     rows = _rows(raw)
     limit = 1e-3 if dtype == "fp32" else 0.2
     assert all(row["rollout/logprob_gap"] < limit for row in rows[1:])
+
+
+@pytest.mark.parametrize("first", [0, 40])
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-4), (torch.bfloat16, 0.02)])
+def test_attention_of_all_tokens_and_of_the_last(
+    dtype: torch.dtype, rounding: float, first: int
+) -> None:
+    """As in fp64 on the CPU, with gradients; of bf16 by a kernel that knows no mask."""
+    exact = tables((2, 6, 2, 60, 64, 64))
+    rough = [table.detach().to("cuda", dtype).requires_grad_() for table in exact]
+    out, expected = causal_attention(rough[0][:, :, first:], *rough[1:], None), by_torch(exact)
+    towards = torch.randn_like(expected[:, :, first:])
+    out.backward(towards.to("cuda", dtype))
+    expected[:, :, first:].backward(towards)
+    pairs = [(out, expected[:, :, first:])]
+    pairs += [(a.grad, b.grad) for a, b in zip(rough, exact, strict=True)]
+    for found, known in pairs:
+        assert float((found.cpu().double() - known).norm() / known.norm()) < rounding
 
 
 def test_a_bucket_is_handed_to_another_process(tmp_path: Path) -> None:
