@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -56,8 +57,7 @@ def by_products(
         for table in (key, value)
     )
     grouped = query.reshape(rows * shared, heads // shared * queries, size)
-    later = query.new_full((queries, tokens + more), -math.inf).triu(tokens - queries + 1)
-    hidden = later.repeat(heads // shared, 1)
+    hidden = _later(queries, tokens, more, heads // shared, query.dtype)
     scale = size**-0.5 if scale is None else scale
     out: torch.Tensor = _Products.apply(grouped, keys, values, hidden, scale)  # type: ignore[no-untyped-call]
     return out.reshape(rows, heads, queries, -1)
@@ -103,6 +103,14 @@ def _parts(tokens: int, *tables: torch.Tensor) -> Iterator[tuple[torch.Tensor, .
     """As many rows at a time as have TABLE scores; `tables[0]` is of queries."""
     at_a_time = max(TABLE // (tables[0].shape[1] * tokens), 1)
     return zip(*(torch.split(table, at_a_time) for table in tables), strict=True)
+
+
+@functools.lru_cache(maxsize=8)  # as many as a row has tables; each is that of all its layers
+@torch.inference_mode(False)
+def _later(queries: int, tokens: int, more: int, times: int, dtype: torch.dtype) -> torch.Tensor:
+    """−∞ where the queries of the last tokens must not look, for as many heads."""
+    later = torch.full((queries, tokens + more), -math.inf, dtype=dtype)
+    return later.triu(tokens - queries + 1).repeat(times, 1)
 
 
 def _weights(

@@ -71,6 +71,15 @@ def test_no_token_sees_a_later_one() -> None:
     assert not torch.isclose(before[:, :, 4:], after[:, :, 4:]).all()
 
 
+def test_a_shape_that_was_first_met_without_gradients_can_learn() -> None:
+    shape = (1, 2, 1, 11, 4, 4)  # of no other test
+    with torch.inference_mode():
+        by_products(*tables(shape), None)
+    own = tables(shape)
+    by_products(*own, None).sum().backward()
+    assert all(table.grad is not None for table in own)
+
+
 def test_short_sequences_are_products_on_a_cpu_with_bf16() -> None:
     short, long = (torch.empty(1, 1, tokens, 4, dtype=torch.bfloat16) for tokens in (500, 501))
     has_units = torch.cpu._is_avx512_bf16_supported()
