@@ -303,6 +303,13 @@ def attention_dtype(tensor: torch.Tensor) -> torch.dtype:
     return tensor.dtype
 
 
+def counts_from_the_end(query: torch.Tensor) -> bool:
+    """Whether torch's attention can be told that queries are those of the last keys. Other kernels
+    than flash attention are given a mask.
+    """
+    return query.device.type == "cuda" and query.dtype in (torch.bfloat16, torch.float16)
+
+
 def attends_by_products(key: torch.Tensor, dtype: torch.dtype) -> bool:
     """Whether plain products in bf16 are faster than that kernel over keys (rows, heads, tokens,
     head dimension) and queries of `dtype`: on AVX512-BF16 by half at 100 tokens, and not at all at

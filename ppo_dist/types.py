@@ -256,7 +256,7 @@ class PackedRow:
     Attention works on tables of `shapes` (rows, keys, queries). `slots_N` lists, table after table,
     the row indices that each of its rows sees: a sequence's tokens up to some (0 in the padding at
     their right). The last `queries` of them are computed, and `home_S` says where among those the
-    output for each row token is found, so that what sequences share is computed once here too.
+    output for each row token is found: what sequences share asks once where that costs less.
 
     Response position k is predicted by the hidden state at row index `states_K[k]` and has the
     token `targets_K[k]`. A response's last token predicts nothing, so it is left out unless the

@@ -13,9 +13,10 @@ from ray.exceptions import RayActorError, RayError
 from ppo_dist.cluster.actors import reason
 from ppo_dist.cluster.groups import place
 from ppo_dist.cluster.session import Places
-from ppo_dist.config import RunError
+from ppo_dist.config import InputError, RunError
 from ppo_dist.config.reward import ModelReward
 from ppo_dist.config.workers import Cluster
+from ppo_dist.learner.worker import cannot_compile
 from ppo_dist.rewards.model import Exchange, Judgement, RewardModel, Traces
 from ppo_dist.rollout.health import Restarts
 
@@ -34,8 +35,14 @@ class Judges:
         note: Callable[..., None],
         traces: Sequence[Traces],
     ) -> None:
-        """`note` hears of failures; `traces` are the workers'."""
+        """`note` hears of failures; `traces` are the workers'.
+
+        Raises:
+            InputError: torch cannot compile where one is to be, and should.
+        """
         self._section, self._policy_path, self._places = section, policy_path, places
+        if section.compile:
+            self._check_compiler()
         self._note, self._traces = note, traces
         self._restarts = [Restarts(limits) for _ in places.slots]
         self._actors = [self._new(number) for number in range(len(places.slots))]
@@ -50,6 +57,15 @@ class Judges:
         return [
             self._answer(n, *asked) for n, asked in enumerate(zip(answers, shares, strict=True))
         ]
+
+    def _check_compiler(self) -> None:
+        tried = ray.remote(cannot_compile)
+        asked = [place(self._places, slot) for slot in self._places.slots]
+        answers = [tried.options(**options).remote(self._places.device) for options in asked]
+        for number, said in enumerate(ray.get(answers, timeout=self._section.deadline_s)):
+            if said is not None:
+                path = self._section.path
+                raise InputError(f"compile of the reward model {path}, worker {number}: {said}")
 
     def _new(self, number: int) -> Any:
         options = place(self._places, self._places.slots[number])

@@ -97,8 +97,8 @@ class Experience:
         coef = self._kl.coef if isinstance(kl, KlInReward) else 0.0
         group_B = _numbered([s.rollout.prompt.uid for s in scored])
         lengths_B = [len(a.logprobs_R) for a in annotations]
-        nothing = torch.empty(0)
-        earned = Earned([nothing] * len(scored), [nothing.numpy()] * len(scored))
+        nothing = np.zeros(0, np.float32)
+        earned = Earned([torch.from_numpy(nothing)] * len(scored), [nothing] * len(scored))
         for part in blocks(group_B.tolist(), lengths_B, TABLE):
             own = [annotations[b] for b in part]
             logprobs_BR, mask_BR = pad([a.logprobs_R for a in own])

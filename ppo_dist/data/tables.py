@@ -49,8 +49,9 @@ def in_tables(ways: Sequence[Sequence[Span]], tokens: int) -> tuple[Ints, Ints, 
 
 def tables(spans: Sequence[tuple[int, int]]) -> tuple[int, list[list[int]]]:
     """Spans, as (end, begin), in tables, the longest first, and what these cost: the sum over them
-    of rows × keys × queries, and TABLE each, which is as small as can be. A table has as many keys
-    as its longest needs, and as many queries as the one that begins first.
+    of rows × keys × queries, and TABLE each. A table has as many keys as its longest needs, and as
+    many queries as the one that begins first. No way costs less that takes them in order of their
+    ends, and those that end alike together.
     """
     order = sorted(range(len(spans)), key=lambda i: (-spans[i][0], spans[i][1], i))
     long = [spans[i][0] for i in order]

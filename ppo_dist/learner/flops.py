@@ -19,8 +19,9 @@ from ppo_dist.types import PackedRow
 class Cost:
     """What a dense model's forward and backward pass takes, by the usual count (Chowdhery et al.
     2022, appendix B): 6 FLOPs a parameter and token (4 if the parameter is frozen), which is what
-    `trunk` and `head` say, 12·layers·heads·width a token that another sees in attention, and the
-    output head where there are targets. What is computed again in backward does not count again.
+    `trunk` and `head` say, 12·layers·heads·width a token that one sees in attention, itself too,
+    and the output head where there are targets. What is computed again in backward does not count
+    again.
 
     Example: Cost(trunk=637_000_000, head=170_000_000, width=17_280)
     """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -12,20 +11,28 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
 
-from ppo_dist.device import attends_by_products, attention_dtype
+from ppo_dist.device import attends_by_products, attention_dtype, counts_from_the_end
 
 LINE = 32
 """Numbers of bf16 in a register of a CPU and in a line of its cache; a softmax over a multiple of
 them takes half the time.
 """
-TABLE = 1 << 21
+SCORES = 1 << 21
 """Scores that exist at one time at most, as long as those of one sequence's heads that share keys
 fit: a cache holds them, and memory does not grow with tokens × tokens × sequences.
 """
 
 
+Masks = dict[tuple[Any, ...], torch.Tensor]
+"""Those that were made already; whoever has it may use them for other layers too."""
+
+
 def causal_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float | None,
+    masks: Masks,
 ) -> torch.Tensor:
     """softmax(scale·Q·Kᵀ)·V, where a token sees those up to itself: (rows, heads, queries, head
     dimension), keys and values (rows, heads, keys, head dimension), to the shape of the queries,
@@ -33,18 +40,24 @@ def causal_attention(
     queries' heads.
     """
     if attends_by_products(key, query.dtype):
-        return by_products(query, key.to(query.dtype), value.to(query.dtype), scale)
-    queries, keys, values = (table.to(attention_dtype(query)) for table in (query, key, value))
-    seen = causal_lower_right(query.shape[2], key.shape[2])
-    grouped = key.shape[1] != query.shape[1]
+        return by_products(query, key.to(query.dtype), value.to(query.dtype), scale, masks)
+    q, k, v = (table.to(attention_dtype(query)) for table in (query, key, value))
+    seen: torch.Tensor | None = None
+    if q.shape[2] < k.shape[2]:
+        last = q.shape[2], k.shape[2]
+        seen = causal_lower_right(*last) if counts_from_the_end(q) else _later(masks, *last, q)
     out = F.scaled_dot_product_attention(
-        queries, keys, values, attn_mask=seen, scale=scale, enable_gqa=grouped
+        q, k, v, seen, is_causal=seen is None, scale=scale, enable_gqa=k.shape[1] != q.shape[1]
     )
     return out.to(query.dtype)
 
 
 def by_products(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float | None,
+    masks: Masks,
 ) -> torch.Tensor:
     """The same; the queries of all heads that share keys are one matrix. Scores, weights and their
     gradients are rounded to the inputs' format.
@@ -57,14 +70,27 @@ def by_products(
         for table in (key, value)
     )
     grouped = query.reshape(rows * shared, heads // shared * queries, size)
-    hidden = _later(queries, tokens, more, heads // shared, query.dtype)
+    hidden = _later(masks, queries, tokens, query, more, heads // shared)
     scale = size**-0.5 if scale is None else scale
     out: torch.Tensor = _Products.apply(grouped, keys, values, hidden, scale)  # type: ignore[no-untyped-call]
     return out.reshape(rows, heads, queries, -1)
 
 
+def _later(
+    masks: Masks, queries: int, tokens: int, like: torch.Tensor, more: int = 0, times: int = 1
+) -> torch.Tensor:
+    """−∞ where the queries of the last tokens must not look, nor at `more` keys behind these; for
+    as many heads.
+    """
+    key = queries, tokens, more, times, like.dtype
+    if key not in masks:
+        later = like.new_full((queries, tokens + more), -math.inf)
+        masks[key] = later.triu(tokens - queries + 1).repeat(times, 1)
+    return masks[key]
+
+
 class _Products(torch.autograd.Function):
-    """Keeps no table of tokens × tokens for backward: it is made again there."""
+    """Keeps no weights for backward: they are made again there."""
 
     @staticmethod
     def forward(
@@ -100,17 +126,9 @@ class _Products(torch.autograd.Function):
 
 
 def _parts(tokens: int, *tables: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """As many rows at a time as have TABLE scores; `tables[0]` is of queries."""
-    at_a_time = max(TABLE // (tables[0].shape[1] * tokens), 1)
+    """As many rows at a time as have SCORES scores; `tables[0]` is of queries."""
+    at_a_time = max(SCORES // (tables[0].shape[1] * tokens), 1)
     return zip(*(torch.split(table, at_a_time) for table in tables), strict=True)
-
-
-@functools.lru_cache(maxsize=8)  # as many as a row has tables; each is that of all its layers
-@torch.inference_mode(False)
-def _later(queries: int, tokens: int, more: int, times: int, dtype: torch.dtype) -> torch.Tensor:
-    """−∞ where the queries of the last tokens must not look, for as many heads."""
-    later = torch.full((queries, tokens + more), -math.inf, dtype=dtype)
-    return later.triu(tokens - queries + 1).repeat(times, 1)
 
 
 def _weights(

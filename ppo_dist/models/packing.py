@@ -2,16 +2,16 @@
 
 Everything in a transformer but its attention works on one token at a time, so it runs on the row
 as it is. For attention, keys and values are gathered into tables of sequences of about one length,
-with the queries of those tokens that no other row of a table has, and what comes out is scattered
-back. No mask over the row exists: work grows with the sum of squared lengths at most, not with the
-square of the row.
+with the queries of those tokens that no other row has, where that is less, and what comes out is
+scattered back. No mask over the row exists: work grows with the sum of squared lengths at most, not
+with the square of the row.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from transformers import PretrainedConfig
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
-from ppo_dist.models.attention import causal_attention
+from ppo_dist.models.attention import Masks, causal_attention
 from ppo_dist.types import Shapes
 
 ATTENTION = "ppo_dist_packed"
@@ -33,6 +33,7 @@ class Packing:
     slots_N: torch.Tensor
     home_S: torch.Tensor
     shapes: Shapes
+    masks: Masks = field(default_factory=dict)  # of its tables, the same for all layers
 
     @functools.cached_property
     def asking_M(self) -> torch.Tensor:
@@ -85,7 +86,7 @@ def attend(
     queries = _gathered(query, packing.asking_M, asked)
     keys, values = (_gathered(row, packing.slots_N, seen) for row in (key, value))
     outs = [
-        causal_attention(*tables, scaling).transpose(1, 2).flatten(0, 1)
+        causal_attention(*tables, scaling, packing.masks).transpose(1, 2).flatten(0, 1)
         for tables in zip(queries, keys, values, strict=True)
     ]
     return torch.cat(outs).index_select(0, packing.home_S)[None], None

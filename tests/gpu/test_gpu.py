@@ -35,14 +35,16 @@ def test_a_run_on_one_gpu(tmp_path: Path, dtype: str, stage: int) -> None:
 
 
 @pytest.mark.parametrize("first", [0, 40])
+@pytest.mark.parametrize("shape", [(2, 6, 2, 60, 64, 64), (2, 6, 6, 60, 64, 64)])
 @pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-4), (torch.bfloat16, 0.02)])
 def test_attention_of_all_tokens_and_of_the_last(
-    dtype: torch.dtype, rounding: float, first: int
+    dtype: torch.dtype, rounding: float, shape: tuple[int, ...], first: int
 ) -> None:
     """As in fp64 on the CPU, with gradients; of bf16 by a kernel that knows no mask."""
-    exact = tables((2, 6, 2, 60, 64, 64))
+    exact = tables(shape)
     rough = [table.detach().to("cuda", dtype).requires_grad_() for table in exact]
-    out, expected = causal_attention(rough[0][:, :, first:], *rough[1:], None), by_torch(exact)
+    out = causal_attention(rough[0][:, :, first:], *rough[1:], None, {})
+    expected = by_torch(exact)
     towards = torch.randn_like(expected[:, :, first:])
     out.backward(towards.to("cuda", dtype))
     expected[:, :, first:].backward(towards)

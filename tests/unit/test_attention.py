@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ppo_dist import device
 from ppo_dist.models import attention
-from ppo_dist.models.attention import by_products, causal_attention
+from ppo_dist.models.attention import Masks, by_products, causal_attention
 from ppo_dist.models.packing import Packing, attend
 
 # rows, heads, heads of keys, tokens, size, size of values
@@ -47,10 +47,10 @@ def test_all_give_the_same_and_the_same_gradients(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Whether all tokens ask, or those from `first` on."""
-    monkeypatch.setattr(attention, "TABLE", at_a_time)
+    monkeypatch.setattr(attention, "SCORES", at_a_time)
     own, theirs = tables(shape), tables(shape)
     first = min(first, shape[3] - 1)
-    out = attend_to(own[0][:, :, first:], *own[1:], scale)
+    out = attend_to(own[0][:, :, first:], *own[1:], scale, {})
     expected = by_torch(theirs, scale)[:, :, first:]
     torch.testing.assert_close(out, expected)
     towards = torch.randn_like(expected)
@@ -62,22 +62,24 @@ def test_all_give_the_same_and_the_same_gradients(
 
 def test_no_token_sees_a_later_one() -> None:
     own = tables(SHAPES[0])
-    before = by_products(*own, None)
+    before = by_products(*own, None, {})
     with torch.no_grad():
         for table in own:
             table[:, :, 4:] += 1.0
-    after = by_products(*own, None)
+    after = by_products(*own, None, {})
     assert torch.equal(before[:, :, :4], after[:, :, :4])
     assert not torch.isclose(before[:, :, 4:], after[:, :, 4:]).all()
 
 
-def test_a_shape_that_was_first_met_without_gradients_can_learn() -> None:
-    shape = (1, 2, 1, 11, 4, 4)  # of no other test
-    with torch.inference_mode():
-        by_products(*tables(shape), None)
-    own = tables(shape)
-    by_products(*own, None).sum().backward()
-    assert all(table.grad is not None for table in own)
+def test_a_mask_is_made_once_for_all_layers() -> None:
+    masks: Masks = {}
+    for _ in range(3):
+        by_products(*tables(SHAPES[0]), None, masks)
+    (first,) = masks.values()
+    query, key, value = tables(SHAPES[0])
+    for _ in range(3):
+        causal_attention(query[:, :, 3:], key, value, None, masks)
+    assert len(masks) == 2 and next(iter(masks.values())) is first
 
 
 def test_short_sequences_are_products_on_a_cpu_with_bf16() -> None:
@@ -98,7 +100,7 @@ def test_in_bf16_all_is_near_to_what_fp64_gives(tokens: int, larger: int) -> Non
         own[0].mul_(larger)
         for rough, fine in zip(own, exact, strict=True):
             fine.copy_(rough)
-    out, expected = causal_attention(*own, None), by_torch(exact)
+    out, expected = causal_attention(*own, None, {}), by_torch(exact)
     assert out.dtype == torch.bfloat16
     towards = torch.randn_like(out)
     out.backward(towards)
@@ -107,6 +109,17 @@ def test_in_bf16_all_is_near_to_what_fp64_gives(tokens: int, larger: int) -> Non
     for rough, fine in pairs:
         assert rough is not None and fine is not None
         assert float((rough - fine).norm() / fine.norm()) < 0.01 * larger**0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_multiplier_is_a_linear_layer(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(24, 50, dtype=dtype)
+    for bias in (layer.bias, None):
+        rows = torch.randn(7, 24, dtype=dtype)
+        with torch.no_grad():
+            found = device.multiplier(layer.weight, bias)(rows)
+            torch.testing.assert_close(found, F.linear(rows, layer.weight, bias))
 
 
 def test_gradients_of_a_shared_prompt_are_summed_in_fp32() -> None:

@@ -83,6 +83,7 @@ JUDGES = {"reward": {"verifiable": {"kind": "model", "path": "", "compile": True
         ("local", COMPILES, "learner.compile"),
         pytest.param("ray", COMPILES, "learner.compile", marks=pytest.mark.slow),
         ("local", JUDGES, "compile of the reward model"),
+        pytest.param("ray", JUDGES, "compile of the reward model", marks=pytest.mark.slow),
     ],
 )
 def test_without_a_compiler_it_is_said_before_any_model_loads(

@@ -89,7 +89,10 @@ def test_a_causal_model_reads_packed_rows(
     path = classifier(tmp_path / "rm", tiny_model)
     model = AutoModelForSequenceClassification.from_pretrained(path).eval()
     source = scores_of(path, tiny_model, batch_tokens=batch_tokens, compile=compiled)
+    graphs = torch._dynamo.utils.counters["stats"]
+    before = graphs["unique_graphs"]
     found = source.score(rollouts(tiny_model))
+    assert (graphs["unique_graphs"] > before) == compiled
     for rollout, score in zip(rollouts(tiny_model), found, strict=True):
         tokens = np.concatenate([rollout.prompt.tokens_P, rollout.tokens_R])[None]
         with torch.no_grad():
