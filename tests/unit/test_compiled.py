@@ -87,12 +87,14 @@ JUDGES = {"reward": {"verifiable": {"kind": "model", "path": "", "compile": True
     ],
 )
 def test_without_a_compiler_it_is_said_before_any_model_loads(
-    tmp_path: Path, tiny_model: Path, kind: str, sections: dict[str, Any], named: str
+    tmp_path: Path, tiny_models: dict[str, Path], kind: str, sections: dict[str, Any], named: str
 ) -> None:
     file = tmp_path / "run.yaml"
-    config = raw_config(tmp_path / "run", cluster={"kind": kind}, **sections)
+    config = raw_config(tmp_path / "run", cluster={"kind": kind, "cpus": 3}, **sections)
     if sections is JUDGES:
-        config["reward"]["verifiable"]["path"] = str(classifier(tmp_path / "rm", tiny_model))
+        config["reward"]["verifiable"]["path"] = str(
+            classifier(tmp_path / "rm", tiny_models["llama"])
+        )
     file.write_text(yaml.safe_dump(config))
     missing = {
         "CXX": str(tmp_path / "g++"),
