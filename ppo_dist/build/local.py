@@ -100,8 +100,7 @@ def ranks(config: Config, model_path: str, resume: Path | None) -> Ranks:
         InputError: torch cannot compile here, and should.
     """
     kind = _device(config)
-    if config.learner.compile and (said := cannot_compile(kind)) is not None:
-        raise InputError(f"learner.compile: {said}")
+    _check_compiler(config, kind, learns=True)
     run = InTurn(kind, config.learner.threads)
     seat = Seat(0, 1, "127.0.0.1", ANY_PORT, kind)
     return InProcess(LearnerWorker(config, model_path, MemorySender(), seat, resume), run)
@@ -109,8 +108,13 @@ def ranks(config: Config, model_path: str, resume: Path | None) -> Ranks:
 
 @contextlib.contextmanager
 def rollout_pool(config: Config, model_path: str) -> Iterator[tuple[RolloutPool, Rewards]]:
-    """The one rollout worker with the model as it is on disk (version 0), and what judges."""
+    """The one rollout worker with the model as it is on disk (version 0), and what judges.
+
+    Raises:
+        InputError: torch cannot compile here, and should.
+    """
     kind, keep = _device(config), config.stream.kept_versions
+    _check_compiler(config, kind, learns=False)
     run = InTurn(kind, config.rollout.threads)
     worker = LocalWorker(engine(config, model_path, kind)(), keep, run)
     with contextlib.closing(Pool([worker], keep, generators=lambda _: Later())) as pool:
@@ -125,6 +129,13 @@ def _rewards(config: Config, model_path: str, kind: device.DeviceKind) -> Reward
 
     pairs = zip(reward_models(config), traces(config), strict=True)  # a worker each
     return reward_source(config, {section: made(section, own) for section, own in pairs})
+
+
+def _check_compiler(config: Config, kind: device.DeviceKind, learns: bool) -> None:
+    asked = ["learner.compile"] if learns and config.learner.compile else []
+    asked += [f"compile of the reward model {m.path}" for m in reward_models(config) if m.compile]
+    if asked and (said := cannot_compile(kind)) is not None:
+        raise InputError(f"{', '.join(asked)}: {said}")
 
 
 def _device(config: Config) -> device.DeviceKind:

@@ -130,7 +130,8 @@ def pack_rows(rows: Sequence[tuple[Ints, int]], end: bool) -> PackedRow:
         paths[b] = np.concatenate([at_before[:common], np.arange(used, used + len(own))])
         order.append(b)
         begins.append(used)
-        forks.update((paths[b][:common][-1:] + 1).tolist())
+        if common:
+            forks.add(int(at_before[common - 1]) + 1)
         before, at_before = prompts[b], paths[b]
         used += len(own)
     positions_S = np.concatenate(positions)

@@ -14,7 +14,6 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from ppo_dist import device
-from ppo_dist.config import InputError
 from ppo_dist.config.reward import ModelReward
 from ppo_dist.data.batching import pack_rows, shares
 from ppo_dist.models.packing import ATTENTION, Packing
@@ -109,14 +108,8 @@ class RewardModel:
     ) -> None:
         """
         Raises:
-            InputError: torch cannot compile here, and should.
             ValueError: the model has not exactly one output.
         """
-        if section.compile:
-            from ppo_dist.models.compiled import why_not  # torch's compiler loads slowly
-
-            if (said := why_not(kind)) is not None:
-                raise InputError(f"compile of the reward model {section.path}: {said}")
         self._traces, self._calls = traces, 0
         self._device, self._pulse = device.prepare(kind, section.threads), Pulse()
         self._tokenizer = AutoTokenizer.from_pretrained(section.path, trust_remote_code=False)
@@ -137,8 +130,9 @@ class RewardModel:
         if self._head is not None:
             model.set_attn_implementation(ATTENTION)
         if section.compile:
-            from ppo_dist.models.compiled import compile_layers
+            from ppo_dist.models.compiled import compile_layers  # torch's compiler loads slowly
 
+            device.before_compiling(kind)
             compile_layers(model.base_model)
 
     @torch.inference_mode()

@@ -82,8 +82,8 @@ def own_config(
 ) -> dict[str, Any]:
     """W1 or W2 as a config of ours: everything in one process, as the plain program is."""
     prompts = {"kind": "piecewise", "values": [[0, work.prompts // WARM_UP], [1, work.prompts]]}
-    judge = {"kind": "model", "path": str(reward), "dtype": work.dtype, "threads": threads}
-    judge["compile"] = compiled
+    judge = {"kind": "model", "path": str(reward), "dtype": work.dtype}
+    judge |= {"threads": threads, "compile": compiled}
     return {
         **_common(work, folder, threads, compiled),
         "model": {"path": str(model)},

@@ -14,6 +14,9 @@ import pytest
 import torch
 import yaml
 
+from ppo_dist import build
+from ppo_dist.build import local
+from ppo_dist.config import Config, InputError
 from ppo_dist.data.batching import pack_rows
 from ppo_dist.models.compiled import compile_layers, why_not
 from ppo_dist.models.critic import CriticModel, load_critic
@@ -108,6 +111,21 @@ def test_without_a_compiler_it_is_said_before_any_model_loads(
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert named in done.stderr and "torch cannot compile" in done.stderr
     assert str(tmp_path / "g++") in done.stderr
+
+
+def test_a_reward_models_compiler_is_tried_before_any_model_loads(
+    tmp_path: Path, tiny_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one process, with learners and without them."""
+    base = tiny_models["llama"]
+    judge = {"kind": "model", "path": str(classifier(tmp_path / "rm", base)), "compile": True}
+    config = Config.model_validate(raw_config(tmp_path, reward={"verifiable": judge}))
+    monkeypatch.setattr(local, "cannot_compile", lambda kind: "no compiler")
+    for loads in ("LearnerWorker", "engine", "RewardModel"):
+        monkeypatch.setattr(local, loads, None)
+    for start in (build.learners(config, str(base), None), build.rollout_pool(config, str(base))):
+        with pytest.raises(InputError, match=r"the reward model .*rm: no compiler"), start:
+            pass
 
 
 @pytest.mark.slow
