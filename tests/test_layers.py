@@ -101,6 +101,7 @@ def test_one_module_knows_cuda() -> None:
         ("cluster/layout.py", "device == 'cuda'"),  # whether workers take GPUs of a cluster
         ("cluster/layout.py", "made.device == 'cuda'"),
         ("doctor.py", "config.cluster.device != 'cuda'"),  # what a user asks for
+        ("models/kernels.py", "query.device.type == 'cuda'"),  # what an attention can be told
     }
 
 

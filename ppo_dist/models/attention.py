@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
 
-from ppo_dist.device import attends_by_products, attention_dtype, counts_from_the_end
+from ppo_dist.models.kernels import attends_by_products, attention_dtype, counts_from_the_end
 
 LINE = 32
 """Numbers of bf16 in a register of a CPU and in a line of its cache; a softmax over a multiple of

@@ -15,7 +15,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ppo_dist.device import logits_chunk
+from ppo_dist.models.kernels import logits_chunk
 
 
 class Head(nn.Module):

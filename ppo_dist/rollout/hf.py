@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from ppo_dist.device import free_cache, multiplier, peak_memory, traced
+from ppo_dist.device import free_cache, peak_memory, traced
+from ppo_dist.models.kernels import multiplier
 from ppo_dist.models.packing import sliding_window
 from ppo_dist.protocols import NamedTensors
 from ppo_dist.rollout.sampling import draw, uniforms

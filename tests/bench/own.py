@@ -73,10 +73,8 @@ def run(raw: dict[str, Any], keep: Path) -> Found:
     rows = read_rows(Path(config.run.dir) / "metrics.jsonl")[1:]
     rows = [row for row in rows if row["timing_s/step"] is not None]
     more = {}
-    if alone and alone.taken:
-        alone.take_from(rows[-1])
-        more["generate alone"] = statistics.mean(alone.taken)
-        more["generate in the run"] = rows[-1]["timing_s/generate"]
+    if shares := alone.take_from(rows) if alone else []:
+        more["generation alone"] = statistics.median(shares)
     seconds = {s: statistics.median(row[f"timing_s/{s}"] or 0.0 for row in rows) for s in STAGES}
     keep.write_bytes(pickle.dumps(seen))
     asked = {"prompts": seen.prompts, "lengths": seen.lengths}

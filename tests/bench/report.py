@@ -38,8 +38,7 @@ def iteration(name: str, found: dict[str, Found]) -> str:
         f"* new tokens: {own.tokens:.0f} and {plain.tokens:.0f}, {speed[0]:.1f} and {speed[1]:.1f} "
         "a second of the step",
         beside_trl(own, found.get("trl")),
-        f"* generation against the engine alone: "
-        f"{own.more['generate alone'] / own.more['generate in the run']:.0%}",
+        f"* generation against the engine alone: {own.more['generation alone']:.0%} (median step)",
         f"* scoring, annotation and publishing: {beside:.1%} of the step",
         *moved(own),
         *learner(alone),

@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ppo_dist import device
-from ppo_dist.models import attention
+from ppo_dist.models import attention, kernels
 from ppo_dist.models.attention import Masks, by_products, causal_attention
 from ppo_dist.models.packing import Packing, attend
 
@@ -87,10 +86,10 @@ def test_a_mask_is_made_once_for_all_layers() -> None:
 def test_short_sequences_are_products_on_a_cpu_with_bf16() -> None:
     short, long = (torch.empty(1, 1, tokens, 4, dtype=torch.bfloat16) for tokens in (500, 501))
     has_units = torch.cpu._is_avx512_bf16_supported()
-    assert device.attends_by_products(short, torch.bfloat16) == has_units
-    assert not device.attends_by_products(long, torch.bfloat16)
-    assert not device.attends_by_products(short, torch.float32)
-    assert not device.attends_by_products(short.to("meta"), torch.bfloat16)
+    assert kernels.attends_by_products(short, torch.bfloat16) == has_units
+    assert not kernels.attends_by_products(long, torch.bfloat16)
+    assert not kernels.attends_by_products(short, torch.float32)
+    assert not kernels.attends_by_products(short.to("meta"), torch.bfloat16)
 
 
 @pytest.mark.parametrize("larger", [1, 8])  # 8: scores up to 20 or so, of which bf16 has few bits
@@ -120,7 +119,7 @@ def test_a_multiplier_is_a_linear_layer(dtype: torch.dtype) -> None:
     for bias in (layer.bias, None):
         rows = torch.randn(7, 24, dtype=dtype)
         with torch.no_grad():
-            found = device.multiplier(layer.weight, bias)(rows)
+            found = kernels.multiplier(layer.weight, bias)(rows)
             torch.testing.assert_close(found, F.linear(rows, layer.weight, bias))
 
 

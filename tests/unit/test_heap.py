@@ -15,6 +15,7 @@ import torch
 
 from ppo_dist import device, heap
 from ppo_dist.cluster.driver import long_lived
+from ppo_dist.models import kernels
 
 ROOT = Path(__file__).parents[2]
 LARGE, TENSORS = heap.KEPT, 8  # bytes; as the logits of a chunk are
@@ -97,4 +98,4 @@ def tell_memory() -> None:
 def test_logits_of_a_chunk_are_kept_where_that_leaves_it_large_enough(
     vocabulary: int, positions: int
 ) -> None:
-    assert device.logits_chunk(torch.empty(vocabulary, 1)) == positions
+    assert kernels.logits_chunk(torch.empty(vocabulary, 1)) == positions
