@@ -41,6 +41,9 @@ class Unsharded:
         self._masters = {p: _master(p) for group in live for p in group["params"]}
         for parameter in self._masters:
             parameter.register_post_accumulate_grad_hook(self._add)
+        # what adds a parameter's gradient up; torch would make it in the first forward pass, among
+        # activations, where it would stay and leave holes
+        self._adders = [torch.autograd.graph.get_gradient_edge(p).node for p in self._masters]
         seen = [{"params": [self._masters[p] for p in group["params"]]} for group in live]
         self._optimizer = optimizer(seen, learner)
         self._gradients: torch.Tensor | None = None  # all of them, flat

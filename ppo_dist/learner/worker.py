@@ -116,6 +116,8 @@ class LearnerWorker:
         stays as it is.
         """
         self._roles.is_trained = True
+        if self._steps == 0:  # what the first annotations left would lie between activations
+            device.free_cache(self._device)
         with self._at_work("update"), self._rate.measured():
             reports = tuple(self._update(shard, coefficients) for shard in shards)
         self._steps += 1
