@@ -42,7 +42,7 @@ HEAVY = {
     "deepspeed": {"learner.engine", "learner.process_group"},
     "ray": {"cluster", "transport.store", "submit", "follow"},
     "wandb": {"tracking.wandb"},
-    "vllm": {"rollout.vllm"},
+    "vllm": {"rollout.vllm", "rollout.vllm_end"},
 }  # fmt: skip
 
 

@@ -1,15 +1,9 @@
-"""The `vllm` engine: the only file that imports vLLM.
-
-vLLM runs its model in processes of its own, which import this file too (`WorkerSide`). New weights
-go there bucket by bucket (rollout/handover.py) by vLLM's own weight-transfer API, for which
-`FileEngine` and `IpcEngine` are registered; the digest of what was loaded is told back.
-"""
+"""The `vllm` engine. vLLM runs its model in processes of its own (rollout/vllm_end.py)."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,134 +11,19 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 from vllm.config import WeightTransferConfig
-from vllm.distributed.weight_transfer.base import (
-    WeightTransferEngine,
-    WeightTransferInitInfo,
-    WeightTransferUpdateInfo,
-)
-from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
-from vllm.distributed.weight_transfer.ipc_engine import (
-    IPCWeightTransferEngine,
-    IPCWeightTransferUpdateInfo,
-)
-from vllm.model_executor.model_loader.reload import (
-    finalize_layerwise_reload,
-    initialize_layerwise_reload,
-)
 
 from ppo_dist import device
 from ppo_dist.config.workers import VllmEngine as VllmSection
 from ppo_dist.device import DeviceKind
 from ppo_dist.protocols import NamedTensors, WeightsError
-from ppo_dist.rollout.handover import HANDOVERS, digest_of
-from ppo_dist.rollout.orphans import end_with_owner, own_processes
+from ppo_dist.rollout import vllm_end
+from ppo_dist.rollout.handover import HANDOVERS
+from ppo_dist.rollout.orphans import own_processes
 from ppo_dist.rollout.sampling import seed
-from ppo_dist.transport.wire import Bucket, Part, of_all
+from ppo_dist.transport.wire import of_all
 from ppo_dist.types import Chunk, Request, Rollout, Sampling
 
 SEEDS = 2**62  # vLLM's are 64-bit and signed, and it adds the index of a response
-
-
-@dataclass
-class _Nothing(WeightTransferInitInfo):  # type: ignore[misc]
-    """There is nothing to agree on."""
-
-
-@dataclass
-class _File(WeightTransferUpdateInfo):  # type: ignore[misc]
-    """A bucket: the file of its bytes, and what is in them."""
-
-    path: str
-    parts: list[dict[str, Any]]
-    digest: str
-
-
-class FileEngine(WeightTransferEngine[_Nothing, _File]):  # type: ignore[misc]
-    """vLLM's end on a CPU: takes buckets from files."""
-
-    init_info_cls = _Nothing
-    update_info_cls = _File
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.digests: list[str] = []
-
-    def init_transfer_engine(self, init_info: _Nothing) -> None:
-        """See WeightTransferEngine."""
-
-    def start_weight_update(self) -> None:
-        """See WeightTransferEngine."""
-        self.digests = []
-        initialize_layerwise_reload(self.model)
-
-    def receive_weights(self, update_info: _File) -> None:
-        """See WeightTransferEngine. Raises WeightsError if the bytes are not those sent."""
-        raw = np.fromfile(update_info.path, np.uint8)
-        parts = tuple(Part(**{**p, "shape": tuple(p["shape"])}) for p in update_info.parts)
-        bucket = Bucket(parts, raw, update_info.digest)
-        bucket.check()
-        self.model.load_weights(bucket.tensors())
-        self.digests.append(update_info.digest)
-
-    def finish_weight_update(self) -> None:
-        """See WeightTransferEngine."""
-        finalize_layerwise_reload(self.model, self.model_config)
-        _repack(self.model)
-
-    def shutdown(self) -> None:
-        """See WeightTransferEngine."""
-
-
-class IpcEngine(IPCWeightTransferEngine):  # type: ignore[misc]
-    """vLLM's end on a GPU: its own `ipc` engine, which keeps the digest of what it takes."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.digests: list[str] = []
-
-    def start_weight_update(self) -> None:
-        """See WeightTransferEngine."""
-        self.digests = []
-        super().start_weight_update()
-
-    def receive_weights(self, update_info: IPCWeightTransferUpdateInfo) -> None:
-        """See WeightTransferEngine. A handle can be imported once: the sender counts."""
-        named = zip(update_info.names, update_info.ipc_handles, strict=True)
-        weights = [(name, device.imported(each, self.device)) for name, each in named]
-        self.digests.append(digest_of([tensor for _, tensor in weights]))
-        self.model.load_weights(weights)
-
-
-class WorkerSide:
-    """What vLLM's worker process can be asked beside what it knows itself."""
-
-    def loaded(self) -> str:
-        """The digest of the version that was loaded last."""
-        return of_all(self.weight_transfer_engine.digests)  # type: ignore[attr-defined]
-
-    def peak_memory(self) -> int | None:
-        """See RolloutEngine, of one GPU."""
-        return device.peak_memory()
-
-    def begin_trace(self, file: str) -> None:
-        """Traces what this process does; a file for each rank where there are several."""
-        rank = self.rank  # type: ignore[attr-defined]
-        self._trace = device.traced(Path(file).with_suffix(f".{rank}.json" if rank else ".json"))
-        self._trace.__enter__()
-
-    def end_trace(self) -> None:
-        """Writes the trace."""
-        self._trace.__exit__(None, None, None)
-
-
-def _register(name: str, engine: type[WeightTransferEngine]) -> None:
-    if name not in WeightTransferEngineFactory._registry:
-        WeightTransferEngineFactory.register_engine(name, engine)
-
-
-_register(HANDOVERS["cpu"].backend, FileEngine)
-_register(HANDOVERS["cuda"].backend, IpcEngine)
-end_with_owner()  # this is one of vLLM's processes, or has no owner
 
 
 def open_llm(
@@ -173,7 +52,7 @@ def open_llm(
         enable_prefix_caching=section.prefix_caching,
         enforce_eager=not section.compile,
         logprobs_mode="processed_logprobs",
-        worker_extension_cls=f"{__name__}.{WorkerSide.__name__}",
+        worker_extension_cls=f"{vllm_end.__name__}.{vllm_end.WorkerSide.__name__}",
         weight_transfer_config=WeightTransferConfig(backend=HANDOVERS[kind].backend),
         disable_log_stats=True,
         distributed_executor_backend="mp" if section.tensor_parallel > 1 else None,  # on one node
@@ -343,15 +222,3 @@ class VllmEngine:
             finish="eos" if completion.finish_reason == "stop" else "length",
             version=version,
         )
-
-
-def _repack(model: torch.nn.Module) -> None:
-    """vLLM on a CPU computes with a repacked copy of each linear layer, which for an output head
-    that is tied to the embedding stays the old one when weights are loaded anew (vLLM 0.32).
-    """
-    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
-
-    for layer in model.modules():
-        weight = getattr(layer, "weight", None)
-        if hasattr(layer, "cpu_linear") and weight is not None and weight.numel():
-            dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
