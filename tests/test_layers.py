@@ -88,7 +88,9 @@ def depends_on_cuda(node: ast.AST) -> bool:
 
 
 def test_one_module_knows_cuda() -> None:
-    """Whatever depends on the device stands in device.py; others may say its name."""
+    """Whatever depends on the device stands in device.py, but for what is fastest for a layer
+    (models/kernels.py); others may say its name.
+    """
     asked = {
         (str(path.relative_to(ROOT)), ast.unparse(node))
         for path in sorted(ROOT.rglob("*.py"))

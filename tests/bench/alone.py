@@ -65,8 +65,10 @@ class EngineAlone:
 
         rows: metrics of all steps but the first
         """
+        if not self._before:
+            return []
         shares = []
-        for row, before, after in zip(rows, self._before, self._after, strict=bool(self._before)):
+        for row, before, after in zip(rows, self._before, self._after, strict=True):
             row["timing_s/step"] -= before.lost + after.lost
             row["timing_s/generate"] -= after.lost
             shares.append(statistics.mean((before.alone, after.alone)) / row["timing_s/generate"])
